@@ -1,0 +1,86 @@
+"""Discrete cosine transform of images, as matrix products.
+
+The orthonormal DCT-II has one convention worth knowing by heart: basis function ``k`` of an axis with ``n`` samples is
+``cos(pi * k * (i + 1/2) / n)``, which completes ``k / 2`` cycles over the image. Band limits in this package are in
+cycles per image, so they name the same pattern at every resolution.
+"""
+
+import math
+
+import torch
+
+
+def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> torch.Tensor:
+    """Orthonormal DCT-II matrix `C`, so that `C @ x` are the coefficients of `x` and `C.T @ C` is the identity.
+
+    Args:
+        n: Number of samples, at least 1.
+        dtype: Floating point type of the result. The entries are computed in float64 and rounded once.
+        device: Device of the result.
+
+    Returns:
+        Tensor of shape (n, n): row `k` is the basis function with `k / 2` cycles.
+
+    Raises:
+        ValueError: if `n` is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; a DCT needs at least 1 sample.")
+    index = torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * index[:, None] * (index[None, :] + 0.5)) * math.sqrt(2.0 / n)
+    matrix[0] *= math.sqrt(0.5)
+    return matrix.to(device=device, dtype=dtype)
+
+
+def dct2(x: torch.Tensor) -> torch.Tensor:
+    """Orthonormal two-dimensional DCT-II over the last two dimensions.
+
+    Args:
+        x: Floating point tensor of shape (..., H, W), any H and W.
+
+    Returns:
+        Coefficients of shape (..., H, W); index (0, 0) is the mean times `sqrt(H * W)`, and the sum of squares equals
+        that of `x`. float64 stays float64; every other type is computed and returned in float32, autocast or not.
+
+    Raises:
+        ValueError: if `x` is not floating point or has fewer than two dimensions.
+    """
+    return _transform(x, inverse=False)
+
+
+def idct2(coefficients: torch.Tensor) -> torch.Tensor:
+    """Inverse of `dct2`: images of shape (..., H, W) from coefficients of the same shape.
+
+    Types and errors are those of `dct2`.
+    """
+    return _transform(coefficients, inverse=True)
+
+
+def radial_frequency(height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Radial frequency of every DCT index, in cycles per image.
+
+    Index (ky, kx) has ky / 2 cycles over the height and kx / 2 over the width, hence `sqrt(ky**2 + kx**2) / 2`: 0 in
+    the corner (0, 0), `(n - 1) / 2` at the end of an axis of n samples.
+
+    Returns:
+        float32 tensor of shape (height, width).
+    """
+    rows = torch.arange(height, dtype=torch.float32, device=device) / 2
+    columns = torch.arange(width, dtype=torch.float32, device=device) / 2
+    return torch.hypot(rows[:, None], columns[None, :])
+
+
+def _transform(x: torch.Tensor, inverse: bool) -> torch.Tensor:
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"the input has shape {tuple(x.shape)} and dtype {x.dtype}; pass a floating point tensor of shape "
+            "(..., height, width), for example `images.float()`."
+        )
+    # bfloat16 keeps 8 bits: its rounding of the strong low frequencies would bury the weak high ones.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows = dct_matrix(x.shape[-2], dtype, x.device)
+    columns = dct_matrix(x.shape[-1], dtype, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        if inverse:
+            return rows.T @ x.to(dtype) @ columns
+        return rows @ x.to(dtype) @ columns.T

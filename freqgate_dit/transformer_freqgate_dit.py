@@ -1,0 +1,736 @@
+# Copyright 2026 The freqgate_dit authors. Licensed under the Apache License, Version 2.0.
+"""Diffusion Transformers that differ only in how a block is conditioned.
+
+The file is self-contained (torch and diffusers only), because it travels with every model repository.
+Read top to bottom: embeddings, attention, blocks (one per conditioning mechanism), recorder, models.
+
+Notation: B batch, C channels, H x W input size, p patch size, N = (H/p)(W/p) tokens, D width, P text embedding size.
+
+Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2) for in-context, cross-attention and adaLN-Zero
+conditioning; the Freq-Gate-adaLN block is described in `FreqGateDiTBlock`.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import logging
+from torch import nn
+
+
+logger = logging.get_logger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def sincos_position_embedding(height: int, width: int, dim: int, device=None) -> torch.Tensor:
+    """Fixed 2-D sin-cos positions: the first D/2 channels encode the column, the last D/2 the row (as in DiT and MAE).
+
+    Computed from the grid's size at every call, so any grid works and no buffer has to survive loading.
+
+    Returns:
+        `torch.Tensor` of shape `(height * width, dim)`, float32.
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * omega  # (h, D/4)
+    columns = torch.arange(width, dtype=torch.float32, device=device)[:, None] * omega  # (w, D/4)
+    rows = torch.cat([rows.sin(), rows.cos()], dim=-1)[:, None].expand(height, width, -1)
+    columns = torch.cat([columns.sin(), columns.cos()], dim=-1)[None].expand(height, width, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(height * width, dim)
+
+
+def rotary_position_embedding(
+    height: int, width: int, head_dim: int, num_extra_tokens: int = 0, device=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Axial 2-D rotary positions (RoPE): half of a head's channel pairs turn with the row, half with the column.
+
+    Extra tokens (appended conditions) have no place on the grid and are not rotated.
+
+    Returns:
+        `(cos, sin)`, each of shape `(height * width + num_extra_tokens, head_dim)`, float32.
+    """
+    omega = 10000.0 ** (-torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))
+    rows = (torch.arange(height, dtype=torch.float32, device=device)[:, None] * omega)[:, None].expand(-1, width, -1)
+    columns = (torch.arange(width, dtype=torch.float32, device=device)[:, None] * omega)[None].expand(height, -1, -1)
+    angles = torch.cat([rows, columns], dim=-1).reshape(height * width, head_dim // 2)
+    angles = F.pad(angles, (0, 0, 0, num_extra_tokens)).repeat_interleave(2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class DiTAttnProcessor:
+    """Scaled dot-product attention through diffusers' backend switch (`model.set_attention_backend`)."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "DiTAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states, encoder_hidden_states, image_rotary_emb)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )  # (B, N, heads, head_dim)
+        return attn.to_out(hidden_states.flatten(2, 3))
+
+
+class DiTMatmulAttnProcessor:
+    """Attention as two plain matrix products and a softmax: the fastest way to train short sequences on a CPU.
+
+    PyTorch's fused CPU kernel is slow in the backward pass (`benchmarks/cpu_attention.py`); on a GPU, and for long
+    sequences, use the default processor.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "DiTAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        qkv = attn.project(hidden_states, encoder_hidden_states, image_rotary_emb)
+        query, key, value = (x.transpose(1, 2) for x in qkv)  # (B, heads, N, head_dim)
+        weights = (query @ key.transpose(-1, -2) * attn.head_dim**-0.5).softmax(dim=-1)  # (B, heads, N, M)
+        hidden_states = weights.to(value.dtype) @ value
+        return attn.to_out(hidden_states.transpose(1, 2).flatten(2, 3))
+
+
+class DiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention, or cross-attention when `encoder_hidden_states` is given."""
+
+    _default_processor_cls = DiTAttnProcessor
+    _available_processors = [DiTAttnProcessor, DiTMatmulAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int, head_dim: int, bias: bool = True, qk_norm: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+        inner_dim = heads * head_dim
+        self.to_q = nn.Linear(dim, inner_dim, bias=bias)
+        self.to_k = nn.Linear(dim, inner_dim, bias=bias)
+        self.to_v = nn.Linear(dim, inner_dim, bias=bias)
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.to_out = nn.Linear(inner_dim, dim)
+        self.set_processor(self._default_processor_cls())
+
+    def project(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query `(B, N, heads, head_dim)`, key and value `(B, M, heads, head_dim)`; normalised, rotated if so set."""
+        memory = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = self.to_q(hidden_states).unflatten(-1, (self.heads, self.head_dim))
+        key = self.to_k(memory).unflatten(-1, (self.heads, self.head_dim))
+        value = self.to_v(memory).unflatten(-1, (self.heads, self.head_dim))
+        if self.norm_q is not None:
+            query = self.norm_q(query)
+            key = self.norm_k(key)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        return query, key.to(query.dtype), value.to(query.dtype)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, image_rotary_emb)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks: one class per conditioning mechanism
+
+
+class Modulation(nn.Module):
+    """`num_vectors` modulation vectors from one embedding: `Linear(silu(c))`, zero at initialisation.
+
+    With `rank` the matrix is a product `D -> rank -> num_vectors * D`; its second factor starts at zero.
+    """
+
+    def __init__(self, dim: int, num_vectors: int, rank: int | None = None):
+        super().__init__()
+        self.num_vectors = num_vectors
+        self.down = nn.Linear(dim, rank, bias=False) if rank else None
+        self.linear = nn.Linear(rank or dim, num_vectors * dim)
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:  # (B, D) -> (B, 1, num_vectors * D)
+        conditioning = F.silu(conditioning)
+        if self.down is not None:
+            conditioning = self.down(conditioning)
+        return self.linear(conditioning)[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Pre-norm transformer block: self-attention and MLP, no conditioning of its own. Base of the variants.
+
+    A block is called as `block(hidden_states, temb, cond, image_rotary_emb)` with `hidden_states (B, N, D)`, the time
+    embedding `temb (B, D)` and the condition embedding `cond (B, D)`, and returns `(B, N, D)`.
+    """
+
+    # What `inspect()` can read off a block: kind -> name of the submodule whose output is recorded.
+    inspectable: dict[str, str] = {}
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float = 4.0,
+        activation_fn: str = "gelu-approximate",
+        attention_bias: bool = True,
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.attn = DiTAttention(dim, num_attention_heads, attention_head_dim, bias=attention_bias, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn=activation_fn, dropout=dropout)
+
+    def forward(self, hidden_states, temb, cond, image_rotary_emb=None):
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), None, image_rotary_emb)
+        return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class InContextDiTBlock(DiTBlock):
+    """In-context conditioning: time and condition are tokens of the sequence, so the block is a plain one."""
+
+
+class CrossAttentionDiTBlock(DiTBlock):
+    """Self-attention, cross-attention to the condition tokens, MLP.
+
+    Softmax over a single key is the constant 1: with one memory token (the sum of time and condition, the source
+    experiment's choice) the map cannot depend on the image, so two tokens are the default.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_attention_heads,
+        attention_head_dim,
+        attention_bias: bool = True,
+        qk_norm: bool = False,
+        num_condition_tokens: int = 2,
+        **kwargs,
+    ):
+        super().__init__(
+            dim, num_attention_heads, attention_head_dim, attention_bias=attention_bias, qk_norm=qk_norm, **kwargs
+        )
+        self.num_condition_tokens = num_condition_tokens
+        self.norm_cross = nn.LayerNorm(dim, eps=self.norm1.eps, elementwise_affine=self.norm1.elementwise_affine)
+        self.cross_attn = DiTAttention(
+            dim, num_attention_heads, attention_head_dim, bias=attention_bias, qk_norm=qk_norm
+        )
+
+    def forward(self, hidden_states, temb, cond, image_rotary_emb=None):
+        memory = torch.stack([temb, cond], dim=1)  # (B, 2, D)
+        if self.num_condition_tokens == 1:
+            memory = memory.sum(dim=1, keepdim=True)
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), None, image_rotary_emb)
+        hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), memory)
+        return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class AdaLNZeroDiTBlock(DiTBlock):
+    """adaLN-Zero (DiT, section 3.2): shift, scale and residual gate of both branches regressed from time + condition.
+
+    The regression starts at zero, so the block is the identity at initialisation.
+    """
+
+    inspectable = {"modulation": "modulation"}
+
+    def __init__(self, dim, num_attention_heads, attention_head_dim, modulation_rank: int | None = None, **kwargs):
+        super().__init__(dim, num_attention_heads, attention_head_dim, **kwargs)
+        self.modulation = Modulation(dim, num_vectors=6, rank=modulation_rank)
+
+    def mix(self, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """The vector `(B, D)` that drives the modulation."""
+        return temb + cond
+
+    def forward(self, hidden_states, temb, cond, image_rotary_emb=None):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(self.mix(temb, cond)).chunk(
+            6, dim=-1
+        )  # each (B, 1, D)
+        residual = self.attn(self.norm1(hidden_states) * (1 + scale_msa) + shift_msa, None, image_rotary_emb)
+        hidden_states = hidden_states + gate_msa * residual
+        residual = self.ff(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
+        return hidden_states + gate_mlp * residual
+
+
+class FreqGateDiTBlock(AdaLNZeroDiTBlock):
+    """Freq-Gate-adaLN: a gate that depends on time mixes two views of the condition before adaLN-Zero.
+
+        g = sigmoid(W_g silu(t)),   c = g * Low(y) + (1 - g) * High(y),   modulation from c + t
+
+    per channel, with `Low, High = Linear(silu(y))`. The names state the hypothesis of the source experiment (the gate
+    prefers Low early in denoising, High late); nothing in the function ties Low to low frequencies: swapping the two
+    and negating `W_g` gives the same function.
+    """
+
+    inspectable = {"modulation": "modulation", "gate": "gate"}
+
+    def __init__(self, dim, num_attention_heads, attention_head_dim, **kwargs):
+        super().__init__(dim, num_attention_heads, attention_head_dim, **kwargs)
+        self.gate = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.Sigmoid())
+        self.low = nn.Linear(dim, dim)
+        self.high = nn.Linear(dim, dim)
+
+    def mix(self, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        gate = self.gate(temb)
+        cond = F.silu(cond)
+        return gate * self.low(cond) + (1 - gate) * self.high(cond) + temb
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recorder
+
+
+@dataclass
+class Record:
+    """One observed tensor, on the CPU: `kind` is "gate", "modulation" or "attention", `call` counts forward passes."""
+
+    kind: str
+    block: int
+    call: int
+    timestep: torch.Tensor  # (B,) float32
+    value: torch.Tensor  # gate (B, D); modulation (B, 1, k * D); attention (B, heads, N, M)
+
+
+@dataclass
+class Recorder:
+    """What `inspect()` yields: `records`, filled while the model runs, and `truncated` once `max_bytes` is reached."""
+
+    max_bytes: int
+    records: list[Record] = field(default_factory=list)
+    truncated: bool = False
+    _call: int = -1
+    _bytes: int = 0
+    _timestep: torch.Tensor | None = None
+
+    def start_call(self, timestep, batch_size: int):
+        self._call += 1
+        self._timestep = torch.as_tensor(timestep).detach().float().cpu().expand(batch_size)
+
+    def add(self, kind: str, block: int, value: torch.Tensor):
+        size = value.numel() * value.element_size()
+        if self._bytes + size > self.max_bytes:
+            if not self.truncated:
+                logger.warning(
+                    f"inspect() stops recording at `max_bytes` ({self.max_bytes}); record less or raise it."
+                )
+            self.truncated = True
+            return
+        self._bytes += size
+        self.records.append(Record(kind, block, self._call, self._timestep, value.detach().to("cpu", copy=True)))
+
+    def select(self, kind: str, block: int | None = None) -> list[Record]:
+        """The records of one kind (and block), in the order in which they were made."""
+        return [r for r in self.records if r.kind == kind and block in (None, r.block)]
+
+
+class _AttentionMapProcessor:
+    """Runs the wrapped processor unchanged and, beside it, computes the attention map for the recorder."""
+
+    def __init__(self, processor, recorder: Recorder, block: int):
+        self.processor = processor
+        self.recorder = recorder
+        self.block = block
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, image_rotary_emb=None):
+        with torch.no_grad():
+            query, key, _ = attn.project(hidden_states, encoder_hidden_states, image_rotary_emb)
+            scores = torch.einsum("bnhd,bmhd->bhnm", query.float(), key.float()) / math.sqrt(attn.head_dim)
+            self.recorder.add("attention", self.block, scores.softmax(dim=-1))
+        return self.processor(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    r"""
+    Base of the DiT variants: patchify, embed time and condition once, run the blocks, unpatchify. A variant sets
+    `block_class`, and overrides `append_condition` if its condition travels as tokens. Do not instantiate the base.
+
+    The condition is a class (`num_classes`), a pooled text embedding (`pooled_projection_dim`), or nothing.
+
+    Parameters:
+        num_attention_heads (`int`, defaults to `8`): heads; the width D is `num_attention_heads * attention_head_dim`.
+        attention_head_dim (`int`, defaults to `64`): channels of a head.
+        in_channels (`int`, defaults to `4`): channels of the input.
+        out_channels (`int`, *optional*): channels of the output, defaults to `in_channels`.
+        num_layers (`int`, defaults to `12`): blocks.
+        sample_size (`int`, defaults to `16`): height and width of the samples the model is made for. Other sizes,
+            square or not, work at run time.
+        patch_size (`int`, defaults to `2`): side of a patch.
+        mlp_ratio (`float`, defaults to `4.0`): hidden width of the MLP over D. (SwiGLU has a third matrix: 8/3 gives
+            the same number of parameters as 4 without it.)
+        activation_fn (`str`, defaults to `"gelu-approximate"`): of diffusers' `FeedForward`; `"linear-silu"` is the
+            source experiment's SiLU, `"swiglu"` SwiGLU.
+        attention_bias (`bool`, defaults to `True`): bias of query, key and value.
+        norm_elementwise_affine (`bool`, defaults to `False`): learned scale and shift in the LayerNorms.
+        norm_eps (`float`, defaults to `1e-6`): epsilon of the LayerNorms.
+        dropout (`float`, defaults to `0.0`): dropout in the MLP.
+        num_classes (`int`, *optional*): classes; label `num_classes` is the null condition of guidance.
+        pooled_projection_dim (`int`, *optional*): size P of the pooled text embedding.
+        output_modulation (`bool`, *optional*): final adaLN before the output projection; by default on in the
+            adaLN-type variants and off in the token variants.
+        modulation_rank (`int`, *optional*): low-rank modulation, adaLN-type variants only; `None` is full rank.
+        num_condition_tokens (`int`, defaults to `2`): memory of the cross-attention variant. 2 is time and condition,
+            1 their sum (the source experiment's).
+        qk_norm (`bool`, defaults to `False`): RMSNorm of queries and keys.
+        use_rope (`bool`, defaults to `False`): axial rotary positions, in addition to the sin-cos table.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "InContextDiTBlock",
+        "CrossAttentionDiTBlock",
+        "AdaLNZeroDiTBlock",
+        "FreqGateDiTBlock",
+    ]
+    _repeated_blocks = _no_split_modules
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "class_embed", "text_embed", "norm", "proj_out"]
+
+    block_class: type[DiTBlock] = DiTBlock
+    modulates_output = False
+    # The arguments that only some variants understand.
+    variant_options: tuple[str, ...] = ()
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 8,
+        attention_head_dim: int = 64,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 12,
+        sample_size: int = 16,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+        activation_fn: str = "gelu-approximate",
+        attention_bias: bool = True,
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        pooled_projection_dim: int | None = None,
+        output_modulation: bool | None = None,
+        modulation_rank: int | None = None,
+        num_condition_tokens: int = 2,
+        qk_norm: bool = False,
+        use_rope: bool = False,
+    ):
+        super().__init__()
+        self._check_arguments()
+        dim = num_attention_heads * attention_head_dim
+        self.out_channels = out_channels or in_channels
+
+        self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.text_embed = nn.Linear(pooled_projection_dim, dim) if pooled_projection_dim else None
+
+        variant_options = {name: self.config[name] for name in self.variant_options}
+        self.transformer_blocks = nn.ModuleList(
+            self.block_class(
+                dim,
+                num_attention_heads,
+                attention_head_dim,
+                mlp_ratio=mlp_ratio,
+                activation_fn=activation_fn,
+                attention_bias=attention_bias,
+                norm_elementwise_affine=norm_elementwise_affine,
+                norm_eps=norm_eps,
+                dropout=dropout,
+                qk_norm=qk_norm,
+                **variant_options,
+            )
+            for _ in range(num_layers)
+        )
+
+        modulates_output = self.modulates_output if output_modulation is None else output_modulation
+        self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.modulation_out = Modulation(dim, num_vectors=2) if modulates_output else None
+        self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
+
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def _check_arguments(self):
+        config = self.config
+        if type(self).block_class is DiTBlock:
+            raise TypeError(f"{type(self).__name__} is the base of the variants: instantiate one of {list(VARIANTS)}.")
+        for name, default in {"modulation_rank": None, "num_condition_tokens": 2}.items():
+            if name not in self.variant_options and config[name] != default:
+                raise ValueError(
+                    f"`{name}` ({config[name]}) does not apply to {type(self).__name__}: leave it at {default}."
+                )
+        if config.num_classes and config.pooled_projection_dim:
+            raise ValueError(
+                f"`num_classes` ({config.num_classes}) and `pooled_projection_dim` ({config.pooled_projection_dim}) "
+                "are two kinds of condition: give one of them, or neither for an unconditional model."
+            )
+        if config.num_classes is not None and config.num_classes < 1:
+            raise ValueError(f"`num_classes` ({config.num_classes}) must be at least 1, or None if unconditional.")
+        if config.num_condition_tokens not in (1, 2):
+            raise ValueError(
+                f"`num_condition_tokens` ({config.num_condition_tokens}) must be 2 (time, condition) or 1 (their sum)."
+            )
+        if config.attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` ({config.attention_head_dim}) must be a multiple of 4: positions are sines and "
+                "cosines of two coordinates."
+            )
+
+    def initialize_weights(self):
+        """Initialise as DiT does: zero modulation and output, so that the untrained model predicts 0 everywhere."""
+        # Linear layers: Xavier, bias 0.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # The patch embedding is a linear layer on flattened patches.
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
+        nn.init.zeros_(self.patch_embed.bias)
+        # Embedders: normal(0.02).
+        for embedder in (self.time_embed.linear_1, self.time_embed.linear_2, self.class_embed, self.text_embed):
+            if embedder is not None:
+                nn.init.normal_(embedder.weight, std=0.02)
+        # Modulation and output projection: zero, so that every adaLN-type block starts as the identity.
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    # -- the parts of a forward pass --------------------------------------------------------------------------------
+
+    def token_grid(self, hidden_states: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens that an input `(B, C, H, W)` is cut into."""
+        patch_size = self.config.patch_size
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` has shape {tuple(hidden_states.shape)}; expected (batch, {self.config.in_channels}, "
+                "height, width)."
+            )
+        height, width = hidden_states.shape[-2:]
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"`hidden_states` is {height} x {width}, which does not divide into patches of `patch_size` "
+                f"{patch_size}: use a multiple of {patch_size} in both directions."
+            )
+        return height // patch_size, width // patch_size
+
+    def embed_timestep(self, timestep, batch_size: int, device, dtype: torch.dtype) -> torch.Tensor:
+        """Time embedding `(B, D)`. Timestep and sinusoid stay float32: bfloat16 would turn 937 into 936."""
+        timestep = torch.as_tensor(timestep, device=device)
+        if timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(f"`timestep` has shape {tuple(timestep.shape)}; expected a scalar or ({batch_size},).")
+        timestep = timestep.to(torch.float32).expand(batch_size)
+        return self.time_embed(self.time_proj(timestep).to(dtype))
+
+    def embed_condition(self, class_labels, pooled_projections, temb: torch.Tensor) -> torch.Tensor:
+        """Condition embedding `(B, D)`; zero for an unconditional model, so that its blocks see the time alone."""
+        if self.class_embed is not None:
+            if class_labels is None or pooled_projections is not None:
+                raise ValueError(
+                    f"this model is conditioned on classes: pass `class_labels` of shape (batch,) with values in "
+                    f"[0, {self.config.num_classes}] ({self.config.num_classes} is the null condition), and no "
+                    "`pooled_projections`."
+                )
+            return self.class_embed(class_labels).to(temb.dtype)
+        if self.text_embed is not None:
+            if pooled_projections is None or class_labels is not None:
+                raise ValueError(
+                    "this model is conditioned on pooled text: pass `pooled_projections` of shape "
+                    f"(batch, {self.config.pooled_projection_dim}), and no `class_labels`."
+                )
+            return self.text_embed(pooled_projections.to(temb.dtype))
+        if class_labels is not None or pooled_projections is not None:
+            raise ValueError("this model is unconditional: pass neither `class_labels` nor `pooled_projections`.")
+        return torch.zeros_like(temb)
+
+    def append_condition(self, tokens: torch.Tensor, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """The token sequence that enters the blocks: by default the image's tokens `(B, N, D)` alone."""
+        return tokens
+
+    def unpatchify(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """`(B, rows * columns, p * p * C)` to `(B, C, rows * p, columns * p)`."""
+        p, channels = self.config.patch_size, self.out_channels
+        patches = patches.reshape(-1, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        return patches.reshape(-1, channels, rows * p, columns * p)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): the noisy input.
+            timestep (`torch.Tensor` of shape `(batch,)`, or a scalar): in [0, 999], may be fractional.
+            class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*): in [0, num_classes].
+            pooled_projections (`torch.Tensor` of shape `(batch, pooled_projection_dim)`, *optional*): text embedding.
+            return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
+
+        Returns:
+            `sample (batch, out_channels, height, width)`, of the scheduler's prediction type.
+        """
+        # 1. Input
+        batch_size, device, dtype = hidden_states.shape[0], hidden_states.device, hidden_states.dtype
+        rows, columns = self.token_grid(hidden_states)
+        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
+        tokens = tokens + sincos_position_embedding(rows, columns, tokens.shape[-1], device).to(dtype)
+        temb = self.embed_timestep(timestep, batch_size, device, dtype)  # (B, D)
+        cond = self.embed_condition(class_labels, pooled_projections, temb)  # (B, D)
+
+        # 2. Blocks
+        num_patches = tokens.shape[1]
+        tokens = self.append_condition(tokens, temb, cond)  # (B, N + appended, D)
+        image_rotary_emb = None
+        if self.config.use_rope:
+            num_appended = tokens.shape[1] - num_patches
+            image_rotary_emb = rotary_position_embedding(
+                rows, columns, self.config.attention_head_dim, num_appended, device
+            )
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, temb, cond, image_rotary_emb)
+            else:
+                tokens = block(tokens, temb, cond, image_rotary_emb)
+
+        # 3. Output
+        tokens = self.norm_out(tokens[:, :num_patches])  # (B, N, D)
+        if self.modulation_out is not None:
+            shift, scale = self.modulation_out(temb + cond).chunk(2, dim=-1)  # (B, 1, D)
+            tokens = tokens * (1 + scale) + shift
+        sample = self.unpatchify(self.proj_out(tokens), rows, columns)  # (B, C, H, W)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    # -- looking inside ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def inspect(self, *kinds: str, max_bytes: int = 2**30):
+        r"""
+        Record what the blocks compute while the context is open. The model's output stays bit-identical, and outside
+        of the context nothing is left behind. Use it on the eager model: a compiled one does not run the hooks.
+
+        Args:
+            *kinds (`str`): of "gate" (Freq-Gate), "modulation" (adaLN types), "attention" (maps; large). All kinds
+                that the variant has but "attention" when none is given.
+            max_bytes (`int`, defaults to 1 GiB): recording stops, with a warning, once the records take this much.
+
+        Yields:
+            `Recorder`: its `records` hold one `Record` per kind, block and forward pass.
+        """
+        available = (*self.block_class.inspectable, "attention")
+        for kind in kinds:
+            if kind not in available:
+                raise ValueError(f"{type(self).__name__} has no {kind!r} to inspect: choose from {available}.")
+        kinds = kinds or tuple(self.block_class.inspectable)
+        recorder = Recorder(max_bytes)
+        handles, processors = [], []
+
+        def start_call(module, args, kwargs):
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            recorder.start_call(args[1] if len(args) > 1 else kwargs["timestep"], hidden_states.shape[0])
+
+        def add_output(kind, index):
+            return lambda module, args, output: recorder.add(kind, index, output)
+
+        try:
+            handles.append(self.register_forward_pre_hook(start_call, with_kwargs=True))
+            for index, block in enumerate(self.transformer_blocks):
+                for kind in kinds:
+                    if kind != "attention":
+                        module = block.get_submodule(block.inspectable[kind])
+                        handles.append(module.register_forward_hook(add_output(kind, index)))
+                        continue
+                    attn = getattr(block, "cross_attn", block.attn)
+                    processors.append((attn, attn.processor))
+                    attn.processor = _AttentionMapProcessor(attn.processor, recorder, index)
+            yield recorder
+        finally:
+            for handle in handles:
+                handle.remove()
+            for attn, processor in processors:
+                attn.processor = processor
+
+
+class InContextDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
+    """DiT with in-context conditioning: condition tokens join the sequence and leave it before the output."""
+
+    block_class = InContextDiTBlock
+
+    def append_condition(self, tokens, temb, cond):
+        return torch.cat([tokens, torch.stack([temb, cond], dim=1)], dim=1)
+
+
+class CrossAttentionDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
+    """DiT whose blocks cross-attend to the time and condition tokens."""
+
+    block_class = CrossAttentionDiTBlock
+    variant_options = ("num_condition_tokens",)
+
+
+class AdaLNZeroDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
+    """DiT with adaLN-Zero conditioning, the standard DiT; low-rank with `modulation_rank`."""
+
+    block_class = AdaLNZeroDiTBlock
+    modulates_output = True
+    variant_options = ("modulation_rank",)
+
+
+class FreqGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
+    """DiT with Freq-Gate-adaLN conditioning (see `FreqGateDiTBlock`)."""
+
+    block_class = FreqGateDiTBlock
+    modulates_output = True
+    variant_options = ("modulation_rank",)
+
+
+# Short name, as configs and tables use it -> class.
+VARIANTS: dict[str, type[ConditionedDiTTransformer2DModel]] = {
+    "in_context": InContextDiTTransformer2DModel,
+    "cross_attention": CrossAttentionDiTTransformer2DModel,
+    "adaln_zero": AdaLNZeroDiTTransformer2DModel,
+    "freq_gate": FreqGateDiTTransformer2DModel,
+}

@@ -1,0 +1,490 @@
+# Copyright 2026 The freqgate_dit authors. Licensed under the Apache License, Version 2.0.
+"""`FreqGateDiTPipeline`: images from classes or prompts with any of the DiT variants, Euler and guidance.
+
+The file is self-contained (torch, diffusers, transformers and the standard library only), because it travels with
+every model repository.
+"""
+
+import difflib
+import inspect
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers import EulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel
+
+
+SOURCE_GUIDANCE_SCALE = 2.5
+
+
+def encode_to_latent_moments(vae: ModelMixin, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and standard deviation of the scaled latents of `images`.
+
+    The one place that encodes: training, caching and evaluation all come here, so the scaling cannot differ.
+
+    Args:
+        vae: `AutoencoderKL`, or a deterministic autoencoder such as `AutoencoderTiny`.
+        images: `(B, 3, H, W)` in [-1, 1].
+
+    Returns:
+        mean `(B, C, h, w)` float32; standard deviation of the same shape, `None` for a deterministic autoencoder.
+    """
+    encoded = vae.encode(images.to(vae.dtype))
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+    if hasattr(encoded, "latent_dist"):
+        return (encoded.latent_dist.mean.float() - shift) * scale, encoded.latent_dist.std.float() * scale
+    return (encoded.latents.float() - shift) * scale, None
+
+
+def decode_from_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Inverse of `encode_to_latent_moments`: scaled latents `(B, C, h, w)` to images `(B, 3, H, W)` in about [-1, 1].
+
+    A float16 autoencoder that is known to overflow (`force_upcast`) decodes in float32 and is put back.
+    """
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+    images = vae.decode((latents / scale + shift).to(vae.dtype)).sample.float()
+    if upcast:
+        vae.to(dtype)
+    return images
+
+
+@torch.no_grad()
+def encode_pooled_text(tokenizer, text_encoder: PreTrainedModel, prompts: Sequence[str]) -> torch.Tensor:
+    """Pooled embeddings `(len(prompts), P)` by a CLIP text model: `pooler_output`, or `text_embeds` if it projects."""
+    max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+    ).to(text_encoder.device)
+    output = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+    return output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+
+
+class FreqGateDiTPipeline(DiffusionPipeline):
+    r"""
+    Class- or text-conditional (or unconditional) image generation with a Diffusion Transformer.
+
+    Parameters:
+        transformer (`ModelMixin`): one of the DiT variants of this package.
+        scheduler (`EulerDiscreteScheduler`): or any scheduler of its family (DPM-Solver++, Heun, UniPC, DDIM, ...)
+            that works on variance-preserving noise and has the prediction type the transformer was trained for.
+        vae (`AutoencoderKL` or `AutoencoderTiny`, *optional*): decodes latents; without it the model works on pixels.
+        text_encoder (`CLIPTextModel`, *optional*): pooled text embeddings, for models conditioned on text.
+        tokenizer (`CLIPTokenizer`, *optional*): of the text encoder.
+        id2label (`dict[int, str]`, *optional*): names of the classes.
+        prediction_type (`str`, *optional*): what the transformer predicts; taken from `scheduler` when not given.
+        class_dropout_prob (`float`, *optional*): how often training dropped the condition. At 0 the null condition
+            was never trained and guidance is refused.
+
+    Example:
+
+    ```py
+    >>> from freqgate_dit import FreqGateDiTPipeline
+
+    >>> pipe = FreqGateDiTPipeline.from_pretrained("demo/run/pipeline")
+    >>> image = pipe("ring fine-horizontal", guidance_scale=2.0, seed=0).images[0]
+    ```
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "noise_pred", "pred_original_sample"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: EulerDiscreteScheduler,
+        vae: ModelMixin | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer=None,
+        id2label: dict | None = None,
+        prediction_type: str | None = None,
+        class_dropout_prob: float | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(
+            # JSON turns integer keys into strings.
+            id2label={int(key): label for key, label in (id2label or {}).items()},
+            prediction_type=prediction_type or scheduler.config.get("prediction_type"),
+            class_dropout_prob=class_dropout_prob,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    # -- what the model is ------------------------------------------------------------------------------------------
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class id -> name; empty if the classes have no names."""
+        return {int(key): label for key, label in self.config.id2label.items()}
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.transformer.config.num_classes
+
+    @property
+    def is_text_conditional(self) -> bool:
+        return self.transformer.config.pooled_projection_dim is not None
+
+    @property
+    def has_null_condition(self) -> bool:
+        """Whether guidance is possible: the model is conditional and has seen the null condition in training."""
+        conditional = self.num_classes is not None or self.is_text_conditional
+        return conditional and self.config.class_dropout_prob != 0
+
+    # -- inputs -----------------------------------------------------------------------------------------------------
+
+    def get_label_ids(self, labels: str | int | Sequence[str | int]) -> list[int]:
+        """Class ids of names or ids, one or several.
+
+        Raises:
+            ValueError: for an unknown name or an id out of range; names what exists, and what is nearest.
+        """
+        if isinstance(labels, torch.Tensor):
+            labels = labels.tolist()
+        if isinstance(labels, (str, int)):
+            labels = [labels]
+        ids = {name: index for index, name in self.id2label.items()}
+        return [self._get_label_id(label, ids) for label in labels]
+
+    def _get_label_id(self, label: str | int, ids: dict[str, int]) -> int:
+        if isinstance(label, str):
+            if label in ids:
+                return ids[label]
+            if not ids:
+                raise ValueError(
+                    f"`class_labels` has the name {label!r}, but the classes of this model have no names: use ids "
+                    f"from 0 to {self.num_classes - 1}."
+                )
+            near = difflib.get_close_matches(label, ids, n=3, cutoff=0.4)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            shown = list(ids) if len(ids) <= 100 else [*list(ids)[:100], f"... ({len(ids)} in all)"]
+            raise ValueError(f"`class_labels` has the unknown label {label!r}.{hint} This model knows: {shown}.")
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"`class_labels` has {label!r}; ids of this model are the integers from 0 to {self.num_classes - 1}."
+            )
+        return label
+
+    def check_inputs(
+        self,
+        class_labels,
+        prompt,
+        pooled_prompt_embeds,
+        height: int,
+        width: int,
+        guidance_scale: float | None,
+        guidance_interval: tuple[float, float],
+        guider,
+        seed,
+        generator,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ):
+        """Raise `ValueError`, naming argument, value and remedy, for a call that cannot be served."""
+        given = {"class_labels": class_labels, "prompt": prompt, "pooled_prompt_embeds": pooled_prompt_embeds}
+        given = [name for name, value in given.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} were both given: give only one of them.")
+        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            labels = f" Use `class_labels`: {list(self.id2label.values())[:20]}." if self.id2label else ""
+            raise ValueError(f"`prompt` ({prompt!r}) needs a text encoder, which this pipeline does not have.{labels}")
+        if self.num_classes is not None and "class_labels" not in given:
+            known = list(self.id2label.values()) or f"ids from 0 to {self.num_classes - 1}"
+            raise ValueError(f"`class_labels` is missing; this model knows: {known}.")
+        if self.is_text_conditional and (not given or "class_labels" in given):
+            raise ValueError(
+                f"this model is conditioned on text and got `class_labels` ({class_labels!r}): pass `prompt` (or "
+                "`pooled_prompt_embeds`)."
+            )
+        if self.num_classes is None and not self.is_text_conditional and given:
+            raise ValueError(f"`{given[0]}` was given, but this model is unconditional: leave it out.")
+
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        if height % multiple or width % multiple or height <= 0 or width <= 0:
+            nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+            raise ValueError(
+                f"`height` ({height}) and `width` ({width}) must be multiples of {multiple} (autoencoder factor "
+                f"{self.vae_scale_factor} x patch size {self.transformer.config.patch_size}); the nearest are "
+                f"{nearest[0]} and {nearest[1]}."
+            )
+
+        if guider is not None and guidance_scale is not None:
+            raise ValueError(
+                f"`guider` and `guidance_scale` ({guidance_scale}) were both given: the guider has its own scale."
+            )
+        guided = guider is not None or (guidance_scale is not None and guidance_scale != 1)
+        if guided and not self.has_null_condition:
+            why = (
+                "was trained with `class_dropout_prob` 0, so its null condition means nothing"
+                if self.num_classes is not None or self.is_text_conditional
+                else "is unconditional"
+            )
+            what = "`guider`" if guider is not None else f"`guidance_scale` ({guidance_scale})"
+            raise ValueError(f"{what} needs a null condition, but this model {why}: use `guidance_scale=1`.")
+        start, stop = guidance_interval
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(
+                f"`guidance_interval` ({guidance_interval}) must be (start, stop) with 0 <= start <= stop <= 1, as "
+                "fractions of the steps."
+            )
+
+        prediction_type = self.scheduler.config.get("prediction_type")
+        if prediction_type != self.config.prediction_type:
+            raise ValueError(
+                f"the scheduler's `prediction_type` is {prediction_type!r}, but the transformer predicts "
+                f"{self.config.prediction_type!r}: build it with `{type(self.scheduler).__name__}.from_config("
+                f"pipe.scheduler.config, prediction_type={self.config.prediction_type!r})`."
+            )
+        if seed is not None and generator is not None:
+            raise ValueError(f"`seed` ({seed}) and `generator` were both given: give only one of them.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` ({output_type!r}) must be 'pil', 'np', 'pt' or 'latent'.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; choose from {self._callback_tensor_inputs}."
+            )
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
+        """Pooled text embeddings `(len(prompt), P)` of one prompt or several."""
+        return encode_pooled_text(self.tokenizer, self.text_encoder, [prompt] if isinstance(prompt, str) else prompt)
+
+    def prepare_conditions(
+        self, class_labels, prompt, negative_prompt, pooled_prompt_embeds, negative_pooled_prompt_embeds, device
+    ) -> tuple[str | None, torch.Tensor | None, torch.Tensor | None]:
+        """Name of the transformer's argument, its conditional values `(K, ...)` and its null values `(K, ...)`."""
+        if self.num_classes is not None:
+            ids = torch.tensor(self.get_label_ids(class_labels), dtype=torch.long, device=device)
+            return "class_labels", ids, torch.full_like(ids, self.num_classes)
+        if self.is_text_conditional:
+            if pooled_prompt_embeds is None:
+                pooled_prompt_embeds = self.encode_prompt(prompt)
+            if negative_pooled_prompt_embeds is None and self.text_encoder is not None:
+                negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt)
+            if negative_pooled_prompt_embeds is not None:
+                negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.to(device)
+                negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.expand_as(pooled_prompt_embeds)
+            return "pooled_projections", pooled_prompt_embeds.to(device), negative_pooled_prompt_embeds
+        return None, None, None
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        device,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Unit noise `(B, C, h, w)` in float32 times the scheduler's `init_noise_sigma`.
+
+        Image i of seed s has noise of its own, drawn on the CPU from seed s + i, whatever the batch.
+        """
+        shape = (
+            batch_size,
+            self.transformer.config.in_channels,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
+        )
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(
+                    f"`latents` has shape {tuple(latents.shape)}; expected unit noise of shape {shape} (images, "
+                    "channels, height, width)."
+                )
+            latents = latents.to(device, torch.float32)
+        else:
+            if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+                raise ValueError(f"`generator` has {len(generator)} generators for {batch_size} images: one each.")
+            if generator is None:
+                if seed is None:
+                    seed = random.getrandbits(48)
+                seeds = [seed + index for index in range(batch_size)] if isinstance(seed, int) else list(seed)
+                if len(seeds) != batch_size:
+                    raise ValueError(
+                        f"`seed` has {len(seeds)} seeds for {batch_size} images: give one each, or one int."
+                    )
+                generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
+        return latents * self.scheduler.init_noise_sigma
+
+    # -- one network evaluation -------------------------------------------------------------------------------------
+
+    def _denoise(self, latents, timestep, name, condition) -> torch.Tensor:
+        """The transformer's prediction in float32. The timestep stays as the scheduler made it, fractional."""
+        if name == "pooled_projections":
+            condition = condition.to(self.transformer.dtype)
+        arguments = {} if name is None else {name: condition}
+        return self.transformer(latents.to(self.transformer.dtype), timestep, **arguments).sample.float()
+
+    def _guided_prediction(self, latents, timestep, name, condition, null_condition, guidance_scale) -> torch.Tensor:
+        """Classifier-free guidance `uncond + s * (cond - uncond)` on all channels, both halves in one batch."""
+        conditions = torch.cat([condition, null_condition])
+        cond, uncond = self._denoise(torch.cat([latents, latents]), timestep, name, conditions).chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    def _guider_prediction(self, guider, latents, timestep, name, condition, null_condition, step, num_steps):
+        """Prediction of a diffusers guider, which asks for its passes one by one."""
+        guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
+        batches = guider.prepare_inputs({name: (condition, null_condition)})
+        for batch in batches:
+            guider.prepare_models(self.transformer)
+            batch.noise_pred = self._denoise(latents, timestep, name, getattr(batch, name))
+            guider.cleanup_models(self.transformer)
+        return guider(batches).pred
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: str | int | Sequence[str | int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str = "",
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        num_images_per_label: int = 1,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guider=None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["FreqGateDiTPipeline", int, float, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Args:
+            class_labels: names or ids of classes, one or several, for a class-conditional model.
+            prompt: one or several, for a text-conditional model with text encoder.
+            negative_prompt (`str`, defaults to `""`): the null condition of a text-conditional model.
+            pooled_prompt_embeds (`torch.Tensor` of shape `(K, P)`, *optional*): instead of `prompt`.
+            negative_pooled_prompt_embeds (`torch.Tensor` of shape `(1, P)` or `(K, P)`, *optional*): the null.
+            num_images_per_label (`int`, defaults to `1`): images for each label or prompt. Images of one label follow
+                each other.
+            num_inference_steps (`int`, defaults to `20`): steps of the scheduler.
+            guidance_scale (`float`, *optional*): s in `uncond + s * (cond - uncond)`. 1 is the conditional model, in
+                one pass per step. Defaults to 2.5 where the model has a null condition, otherwise to 1.
+            guidance_interval (`tuple`, defaults to `(0, 1)`): fractions of the steps between which guidance acts.
+            guider (`diffusers.guiders.BaseGuidance`, *optional*): instead of `guidance_scale`.
+            height, width (`int`, *optional*): pixels; default to the size that the model was trained at.
+            seed (`int` or list, *optional*): image i is a function of seed + i (or of its own seed in a list), on
+                every device and, up to rounding, in every batch size.
+            generator (`torch.Generator` or list, *optional*): instead of `seed`.
+            latents (`torch.Tensor` of shape `(images, C, h, w)`, *optional*): unit normal noise to start from.
+            output_type (`str`, defaults to `"pil"`): "pil", "np" `(N, H, W, 3)` in [0, 1], "pt" `(N, 3, H, W)` in
+                [0, 1], or "latent".
+            return_dict (`bool`, defaults to `True`): an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: called after each step as `callback(pipe, step, timestep, tensors)`; may return a
+                dict with new `latents`.
+            callback_on_step_end_tensor_inputs: of "latents", "noise_pred" and "pred_original_sample" (`None` with
+                schedulers that do not compute it).
+
+        Raises:
+            ValueError: for input that cannot be served, naming the argument, its value and the remedy.
+        """
+        # 1. Check and default
+        sample_size = self.transformer.config.sample_size * self.vae_scale_factor
+        height, width = height or sample_size, width or sample_size
+        self.check_inputs(
+            class_labels,
+            prompt,
+            pooled_prompt_embeds,
+            height,
+            width,
+            guidance_scale,
+            guidance_interval,
+            guider,
+            seed,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        if guidance_scale is None:
+            guidance_scale = SOURCE_GUIDANCE_SCALE if self.has_null_condition else 1.0
+        device = self._execution_device
+
+        # 2. Conditions, repeated for each image
+        name, condition, null_condition = self.prepare_conditions(
+            class_labels, prompt, negative_prompt, pooled_prompt_embeds, negative_pooled_prompt_embeds, device
+        )
+        batch_size = num_images_per_label
+        if name is not None:
+            condition = condition.repeat_interleave(num_images_per_label, dim=0)
+            batch_size = condition.shape[0]
+            if null_condition is not None:
+                null_condition = null_condition.repeat_interleave(num_images_per_label, dim=0)
+            elif guider is not None or guidance_scale != 1:
+                raise ValueError(
+                    "guidance on `pooled_prompt_embeds` needs `negative_pooled_prompt_embeds`: pass the embedding of "
+                    '"", or `guidance_scale=1`.'
+                )
+
+        # 3. Timesteps and noise
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = self.prepare_latents(batch_size, height, width, device, seed, generator, latents)
+        step_kwargs = {}
+        if generator is not None and "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+
+        # 4. Denoise
+        timesteps = self.scheduler.timesteps
+        first_guided, last_guided = (int(fraction * len(timesteps)) for fraction in guidance_interval)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                model_input = self.scheduler.scale_model_input(latents, t)
+                if guider is not None:
+                    noise_pred = self._guider_prediction(
+                        guider, model_input, t, name, condition, null_condition, i, len(timesteps)
+                    )
+                elif guidance_scale != 1 and first_guided <= i < last_guided:
+                    noise_pred = self._guided_prediction(
+                        model_input, t, name, condition, null_condition, guidance_scale
+                    )
+                else:
+                    noise_pred = self._denoise(model_input, t, name, condition)
+                step = self.scheduler.step(noise_pred, t, latents, **step_kwargs)
+                latents = step.prev_sample
+
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "noise_pred": noise_pred,
+                        "pred_original_sample": step.get("pred_original_sample"),
+                    }
+                    tensors = {key: tensors[key] for key in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+
+        # 5. Decode
+        images = self.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    @torch.no_grad()
+    def postprocess(self, latents: torch.Tensor, output_type: str = "pil"):
+        """Images of latents `(B, C, h, w)` (or of predicted x0 on the way), as `output_type` says."""
+        if output_type == "latent":
+            return latents
+        images = latents if self.vae is None else decode_from_latents(self.vae, latents)
+        return self.image_processor.postprocess(images, output_type=output_type)

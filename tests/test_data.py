@@ -1,0 +1,520 @@
+"""Real tiny image files and parquet files, through `load_images`."""
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import HfArgumentParser
+
+from freqgate_dit.training.data import DataConfig, decode_image, describe, load_images
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def picture(seed, size=(12, 10)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 5, 7 and 6 images, created in no order."""
+    root = tmp_path / "photos"
+    for number, (name, count) in enumerate((("wild", 7), ("cat", 5), ("dog", 6))):
+        for index in np.random.default_rng(number).permutation(count):
+            write(root / name / f"{index:02d}.png", 100 * number + index)
+    return root
+
+
+def write_parquet(path, columns, features=None):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict(columns)
+    for name, feature in (features or {"image": datasets.Image()}).items():
+        data = data.cast_column(name, feature)
+    data.to_parquet(str(path))
+    return str(path)
+
+
+def rows(names):
+    return [{"bytes": encoded(picture(index)), "path": name} for index, name in enumerate(names)]
+
+
+def load(dataset, **options):
+    return load_images(DataConfig(dataset=str(dataset), resolution=8, **options))
+
+
+# The held-out rule
+
+
+def test_last_n_sorted_per_class_are_held_out(folder):
+    train, heldout = load(folder, heldout_per_class=2)
+    assert train.class_names == heldout.class_names == ("cat", "dog", "wild")
+    expected = {name: sorted(f"{name}/{file}" for file in os.listdir(folder / name)) for name in train.class_names}
+    assert train.names == [name for files in expected.values() for name in files[:-2]]
+    assert heldout.names == [name for files in expected.values() for name in files[-2:]]
+    for part in (train, heldout):
+        assert [part.class_names[label] for label in part.labels] == [name.split("/")[0] for name in part.names]
+        assert part.labels.dtype == torch.int64
+
+
+def test_fraction_rule_holds_out_at_least_one_and_leaves_one(folder):
+    write(folder / "lone" / "only.png")
+    train, heldout = load(folder)
+    assert torch.bincount(train.labels).tolist() == [4, 5, 1, 6]
+    assert torch.bincount(heldout.labels, minlength=4).tolist() == [1, 1, 0, 1]
+    train, heldout = load(folder, heldout_fraction=0.0)
+    assert (len(train), len(heldout)) == (19, 0)
+    assert heldout.images([]).shape == (0, 3, 8, 8)
+
+
+def test_balance_cuts_only_the_training_part_to_its_first_images(folder):
+    full, _ = load(folder, heldout_per_class=2)
+    train, heldout = load(folder, heldout_per_class=2, balance_classes=True)
+    assert torch.bincount(train.labels).tolist() == [3, 3, 3]
+    assert torch.bincount(heldout.labels).tolist() == [2, 2, 2]
+    for label in range(3):
+        first = [name for name, of in zip(full.names, full.labels) if of == label][:3]
+        assert [name for name, of in zip(train.names, train.labels) if of == label] == first
+
+
+def test_held_out_rule_that_empties_a_class_is_refused(folder):
+    with pytest.raises(ValueError, match=r"heldout_per_class=5 leaves class 'cat' \(5 images\).*less than 5"):
+        load(folder, heldout_per_class=5)
+
+
+# Folders
+
+
+def test_flat_folder_is_unconditional(tmp_path):
+    for index in (2, 0, 1):
+        write(tmp_path / f"{index}.png", index)
+    train, heldout = load(tmp_path, heldout_per_class=1)
+    assert train.class_names == () and train.labels is None and heldout.labels is None
+    assert train.names == ["0.png", "1.png"] and heldout.names == ["2.png"]
+    assert "unconditional" in describe(train, heldout)
+
+
+def test_nested_uppercase_linked_and_hidden_files(tmp_path):
+    root = tmp_path / "photos"
+    for name in ("a/deep/er/1.PNG", "a/2.JPG", "b/3.jpeg", "b/4.webp", "b/5.BMP", "b/6.gif", "b/7.TIFF"):
+        write(root / name)
+    for name in ("a/.hidden.png", ".thumbnails/8.png", "b/.cache/9.png"):
+        write(root / name)
+    (root / "b" / "notes.txt").write_text("no image")
+    (root / "b" / "circle").symlink_to(root / "b")
+    (root / "c").symlink_to(root / "a")
+    train, heldout = load(root, heldout_fraction=0.0)
+    b = ["b/3.jpeg", "b/4.webp", "b/5.BMP", "b/6.gif", "b/7.TIFF"]
+    assert train.names == ["a/2.JPG", "a/deep/er/1.PNG", *b, "c/2.JPG", "c/deep/er/1.PNG"]
+    assert train.images(range(len(train))).shape == (9, 3, 8, 8)
+
+
+def test_class_folder_without_images_is_left_out_with_a_warning(folder):
+    (folder / "aardvark").mkdir()
+    with pytest.warns(UserWarning, match="1 classes have no image and are left out: aardvark"):
+        train, _ = load(folder)
+    assert train.class_names == ("cat", "dog", "wild")
+    assert train.labels.unique().tolist() == [0, 1, 2]
+
+
+def test_mixed_folder_is_refused(folder):
+    write(folder / "stray.png")
+    with pytest.raises(ValueError, match=r"mixes 1 loose images \(such as 'stray.png'\) with 3 subfolders"):
+        load(folder)
+
+
+def test_empty_and_missing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no image; looked for .png"):
+        load(tmp_path)
+    (tmp_path / "part.parquet").touch()
+    with pytest.raises(ValueError, match="could not be loaded as a Hub data set"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="no such folder.*parquet.*Hub id like 'user/name'"):
+        load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="matches no .parquet file"):
+        load(tmp_path / "nothing*.parquet")
+    with pytest.raises(ValueError, match="cannot be read as parquet"):
+        load(tmp_path / "part.parquet")
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(ValueError, match="unpack archives"):
+        load(tmp_path / "photos.zip")
+
+
+@pytest.mark.parametrize("name", ["train", "Test", "val", "validation"])
+def test_split_names_as_classes_are_refused(tmp_path, name):
+    write(tmp_path / name / "cat" / "1.png")
+    with pytest.raises(ValueError, match=f"classes named like splits.*{name}.*Pass the folder"):
+        load(tmp_path)
+    train, _ = load(tmp_path / name)
+    assert train.class_names == ("cat",)
+
+
+# Unreadable files
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "cut.png", "cut.jpg", "cut.webp", "cut.gif"])
+def test_unreadable_file_in_a_small_folder_is_an_error(folder, damage):
+    bad = folder / "cat" / f"zz_{damage}" if "." in damage else folder / "cat" / "zz.png"
+    data = {"text": b"not an image", "empty": b""}.get(damage)
+    if data is None:
+        data = encoded(picture(0, (64, 64)), {"jpg": "JPEG"}.get(damage[4:], damage[4:].upper()))
+        data = data[: len(data) * 2 // 3]
+    bad.write_bytes(data)
+    with pytest.raises(ValueError, match=f"1 of 19 images cannot be read.*cat/{bad.name}"):
+        load(folder)
+
+
+def test_one_percent_unreadable_is_a_warning_that_names_them(tmp_path):
+    for index in range(199):
+        write(tmp_path / f"{index:03d}.png", index)
+    (tmp_path / "bad.png").write_bytes(b"no")
+    with pytest.warns(UserWarning, match="1 of 200 images cannot be read and are left out: bad.png"):
+        train, heldout = load(tmp_path)
+    assert len(train) + len(heldout) == 199 and "bad.png" not in train.names + heldout.names
+    for index in range(6):
+        (tmp_path / f"bad{index}.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match="7 of 206.*bad.png.*bad3.png.* and 2 more"):
+        load(tmp_path)
+
+
+def test_file_that_breaks_after_the_check_is_named(folder):
+    train, _ = load(folder)
+    (folder / train.names[0]).write_bytes(b"gone")
+    with pytest.raises(ValueError, match="image 'cat/00.png' cannot be decoded"):
+        train[0]
+
+
+# Pixels
+
+
+def test_images_match_single_reads_and_pillow(folder):
+    train, _ = load(folder)
+    batch = train.images(torch.tensor([3, 0, -1]))
+    assert batch.dtype == torch.uint8 and batch.is_contiguous()
+    assert torch.equal(batch, torch.stack([train[3], train[0], train[len(train) - 1]]))
+    with Image.open(folder / train.names[3]) as image:
+        expected = image.resize((10, 8), Image.Resampling.LANCZOS).crop((1, 0, 9, 8))
+    assert np.array_equal(train[3].permute(1, 2, 0).numpy(), np.array(expected))
+    assert len(list(train)) == len(train)
+    with pytest.raises(IndexError, match="index=99 is out of range"):
+        train[99]
+
+
+def test_image_of_the_right_size_passes_unchanged():
+    image = picture(0, (8, 8))
+    assert np.array_equal(decode_image(encoded(image), 8).permute(1, 2, 0).numpy(), np.array(image))
+
+
+@pytest.mark.parametrize("size", [(24, 8), (8, 24)])
+def test_crop_is_centred(size):
+    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    middle = slice(8, 16)
+    pixels[(slice(None), middle) if size[0] == 24 else middle] = picture(1, (8, 8))
+    cropped = decode_image(encoded(Image.fromarray(pixels)), 8)
+    assert np.array_equal(cropped.permute(1, 2, 0).numpy(), np.array(picture(1, (8, 8))))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = np.array(picture(2, (8, 8)))
+    # What the camera stored, so that the viewer's turn (TIFF 6.0, tag 274) gives the upright image again.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    assert np.array_equal(decode_image(data, 8).permute(1, 2, 0).numpy(), upright)
+
+
+def test_every_mode_becomes_rgb():
+    image = picture(3, (8, 8))
+    grey = np.array(image.convert("L"))
+
+    def decoded(source, format="PNG", **options):
+        return decode_image(encoded(source, format, **options), 8).permute(1, 2, 0).numpy()
+
+    assert np.array_equal(decoded(image.convert("L")), np.stack([grey] * 3, -1))
+    palette = image.quantize(16)
+    assert np.array_equal(decoded(palette), np.array(palette.convert("RGB")))
+    assert np.array_equal(decoded(image.convert("1")), np.array(image.convert("1").convert("RGB")))
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert np.array_equal(decoded(wide), np.stack([grey] * 3, -1))
+    cmyk = decode_image(encoded(image.convert("CMYK"), "TIFF"), 8).permute(1, 2, 0).numpy()
+    assert np.array_equal(cmyk, np.array(image.convert("CMYK").convert("RGB")))
+    with pytest.raises(ValueError, match="floating-point"):
+        decoded(image.convert("F"), "TIFF")
+
+
+def test_transparency_is_composited_on_white():
+    image = picture(4, (8, 8))
+    image.putalpha(0)
+    assert decode_image(encoded(image), 8).eq(255).all()
+    image.putalpha(255)
+    assert np.array_equal(decode_image(encoded(image), 8).permute(1, 2, 0).numpy(), np.array(image)[..., :3])
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert decode_image(encoded(palette, transparency=1), 8).eq(255).all()
+
+
+def test_first_frame_of_an_animation():
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    data = encoded(first, "GIF", save_all=True, append_images=[second])
+    assert decode_image(data, 8).flatten(1)[:, 0].tolist() == [255, 0, 0]
+
+
+# Fingerprint
+
+
+def test_fingerprint_follows_content_and_nothing_else(folder, tmp_path):
+    train, heldout = load(folder)
+    assert load(shutil.copytree(folder, tmp_path / "elsewhere"))[0].fingerprint == train.fingerprint
+    os.utime(folder / "cat" / "00.png", (0, 0))
+    assert load(folder, horizontal_flip=True)[0].fingerprint == train.fingerprint
+    prints = {train.fingerprint, heldout.fingerprint}
+    prints.add(load_images(DataConfig(dataset=str(folder), resolution=4))[0].fingerprint)
+    prints.add(load(folder, heldout_per_class=2)[0].fingerprint)
+    (folder / "cat").rename(folder / "catfish")
+    prints.add(load(folder)[0].fingerprint)
+    (folder / "catfish").rename(folder / "cat")
+    write(folder / "cat" / "00.png", 999)
+    changed, same = load(folder)
+    prints.add(changed.fingerprint)
+    assert len(prints) == 6 and same.fingerprint == heldout.fingerprint
+
+
+def test_fingerprint_is_stable_across_processes(folder):
+    code = (
+        "import sys; from freqgate_dit.training.data import DataConfig, load_images; "
+        "print(*[part.fingerprint for part in load_images(DataConfig(dataset=sys.argv[1], resolution=8))])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    # A relative path from another directory must not matter either.
+    result = subprocess.run(
+        [sys.executable, "-c", code, folder.name],
+        cwd=folder.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == [part.fingerprint for part in load(folder)]
+
+
+def test_pickled_images_still_load(folder):
+    train, _ = load(folder)
+    assert torch.equal(pickle.loads(pickle.dumps(train)).images([1, 2]), train.images([1, 2]))
+
+
+# Parquet and Hub
+
+
+def test_parquet_with_class_label_and_file_names(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = ["c.png", "a.png", "b.png", "f.png", "e.png", "d.png"]
+    columns = {"picture": rows(names), "kind": [0, 0, 0, 1, 1, 1]}
+    features = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["dog", "cat"])}
+    train, heldout = load(write_parquet(tmp_path / "x.parquet", columns, features), heldout_per_class=1)
+    assert train.class_names == ("dog", "cat")
+    assert train.names == ["a.png", "b.png", "d.png", "e.png"] and heldout.names == ["c.png", "f.png"]
+    assert torch.equal(train[0], decode_image(columns["picture"][1]["bytes"], 8))
+    assert torch.equal(heldout[1], decode_image(columns["picture"][3]["bytes"], 8))
+
+
+def test_parquet_fingerprint_does_not_depend_on_the_path(tmp_path):
+    columns = {"image": rows("abcd"), "label": [0, 0, 1, 1]}
+    first = load(write_parquet(tmp_path / "x.parquet", columns))[0]
+    (tmp_path / "other").mkdir()
+    again = load(write_parquet(tmp_path / "other" / "y.parquet", columns))[0]
+    assert first.fingerprint == again.fingerprint
+    columns["image"][0]["bytes"] = encoded(picture(77))
+    assert load(write_parquet(tmp_path / "x.parquet", columns))[0].fingerprint != first.fingerprint
+
+
+def test_parquet_labels_without_names(tmp_path):
+    numbers = write_parquet(tmp_path / "n.parquet", {"image": rows("abcdef"), "label": [10, 2, 10, 2, 0, 0]})
+    train, heldout = load(numbers)
+    assert (
+        train.class_names == ("0", "2", "10") and train.names == ["e", "b", "a"] and heldout.names == ["f", "d", "c"]
+    )
+    words = write_parquet(tmp_path / "w.parquet", {"image": rows("abcd"), "label": ["dog", "cat", "dog", "cat"]})
+    assert load(words)[0].class_names == ("cat", "dog")
+    none = write_parquet(tmp_path / "u.parquet", {"image": rows([None] * 11), "caption": ["x"] * 11})
+    train, heldout = load(none, heldout_per_class=1)
+    assert train.class_names == () and train.names == [f"{row:02d}" for row in range(10)] and heldout.names == ["10"]
+    assert load(none, label_column="caption")[0].class_names == ("x",)
+
+
+def test_parquet_written_by_others_and_by_glob(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    for shard, names in enumerate((["c", "a"], ["d", "b"])):
+        table = pa.table({"image": rows(names), "label": ["x", "x"]})
+        pq.write_table(table, tmp_path / f"part [{shard}].parquet")
+    train, heldout = load(tmp_path / "*.parquet", heldout_per_class=1)
+    assert train.names == ["a", "b", "c"] and heldout.names == ["d"]
+    assert load(tmp_path / "part [[]1].parquet", heldout_per_class=1)[0].names == ["b"]
+    pq.write_table(pa.table({"jpg": [row["bytes"] for row in rows("ab")]}), tmp_path / "raw.parquet")
+    assert len(load(tmp_path / "raw.parquet", image_column="jpg")[0]) == 1
+
+
+def test_parquet_bad_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    both = {"image": datasets.Image(), "other": datasets.Image()}
+    two = write_parquet(tmp_path / "two.parquet", {"image": rows("ab"), "other": rows("ab"), "label": [0, 0]}, both)
+    with pytest.raises(ValueError, match=r"image_column=None.*pass one of \['image', 'other'\]"):
+        load(two)
+    assert len(load(two, image_column="other")[0]) == 1
+    with pytest.raises(ValueError, match="image_column='photo' is not a column.*image"):
+        load(two, image_column="photo")
+    with pytest.raises(ValueError, match="image_column='label' has the type"):
+        load(two, image_column="label")
+    with pytest.raises(ValueError, match="label_column='kind' is not a column"):
+        load(two, image_column="image", label_column="kind")
+    with pytest.raises(ValueError, match="no image column"):
+        load(write_parquet(tmp_path / "none.parquet", {"label": [1]}, {"label": datasets.Value("int64")}))
+
+
+def test_parquet_bad_labels_and_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for labels, message in (
+        (["x", None], "row 1 has None"),
+        ([0.5, 1.5], "row 0 has 0.5"),
+        (["train", "cat"], "classes named like splits"),
+    ):
+        path = write_parquet(tmp_path / "x.parquet", {"image": rows("ab"), "label": labels})
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    path = write_parquet(tmp_path / "y.parquet", {"image": rows("ab"), "label": [0, -1]}, features)
+    with pytest.raises(ValueError, match="1 unlabelled rows"):
+        load(path)
+    path = write_parquet(tmp_path / "z.parquet", {"image": rows("ab"), "label": [0, 2]}, features)
+    with pytest.warns(UserWarning, match="no image and are left out: b"):
+        train, _ = load(path)
+    assert train.class_names == ("a", "c") and train.labels.tolist() == [0, 1]
+    path = write_parquet(tmp_path / "null.parquet", {"image": [*rows("ab"), None]})
+    with pytest.raises(ValueError, match="1 of 3 images cannot be read.*null"):
+        load(path)
+
+
+def test_downloaded_hub_data_set_shaped_like_huggan_afhq(tmp_path):
+    """`load_dataset` takes the folder where it takes the Hub id, so this is the Hub's path without a network."""
+    datasets = pytest.importorskip("datasets")
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "wild"])}
+    (tmp_path / "AFHQ" / "data").mkdir(parents=True)
+    columns = {"image": rows([None] * 9), "label": [0, 0, 0, 1, 1, 1, 2, 2, 2]}
+    write_parquet(tmp_path / "AFHQ" / "data" / "train-00000-of-00001.parquet", columns, features)
+    train, heldout = load(tmp_path / "AFHQ", heldout_per_class=1)
+    assert train.class_names == ("cat", "dog", "wild") and heldout.names == ["2", "5", "8"]
+    with pytest.raises(ValueError, match="dataset_split='nonsense'.*Check the spelling"):
+        load(tmp_path / "AFHQ", dataset_split="nonsense")
+
+
+def test_hub_set_out_of_reach_is_a_clear_error(tmp_path):
+    pytest.importorskip("datasets")
+    code = (
+        "from freqgate_dit.training.data import DataConfig, load_images\n"
+        "try: load_images(DataConfig(dataset='nobody/nothing'))\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "dataset='nobody/nothing' is neither a folder of images nor .parquet files" in result.stdout
+    assert "could not be loaded as a Hub data set" in result.stdout and "Check the spelling" in result.stdout
+
+
+# Built-in set
+
+
+def test_built_in_set():
+    train, heldout = load_images(DataConfig(num_images=40))
+    assert (len(train), len(heldout)) == (40, 512)
+    assert len(train.class_names) == 64 and train.labels.shape == (40,) and train.labels.dtype == torch.int64
+    assert torch.equal(train.images([0, 5])[1], train[5]) and train[5].shape == (3, 32, 32)
+    again, _ = load_images(DataConfig(num_images=40))
+    assert torch.equal(again[7], train[7]) and again.fingerprint == train.fingerprint
+    assert "40 training and 512 held-out images" in describe(train, heldout)
+    others = [{"data_seed": 1}, {"world": "add"}, {"num_images": 41}, {"resolution": 48}]
+    prints = {load_images(DataConfig(**{"num_images": 40, **other}))[0].fingerprint for other in others}
+    assert len(prints | {train.fingerprint, heldout.fingerprint}) == 6
+
+
+# Options
+
+
+def test_options_that_do_not_apply_are_refused(folder):
+    with pytest.raises(ValueError, match="horizontal_flip=True.*changes its class"):
+        load_images(DataConfig(horizontal_flip=True))
+    with pytest.raises(ValueError, match="heldout_per_class=3 has no effect on dataset='shapes_textures'"):
+        load_images(DataConfig(heldout_per_class=3))
+    for option in ({"dataset_split": "validation"}, {"image_column": "image"}, {"num_images": 5}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.* has no effect"):
+            load(folder, **option)
+
+
+@pytest.mark.parametrize(
+    "option", [{"resolution": 0}, {"num_images": 0}, {"heldout_per_class": -1}, {"heldout_fraction": 1.0}]
+)
+def test_numbers_out_of_range_are_refused(option):
+    name, value = next(iter(option.items()))
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        DataConfig(**option)
+
+
+def test_every_field_is_a_flag():
+    parser = HfArgumentParser(DataConfig)
+    flags = "--dataset x --resolution 64 --horizontal_flip --heldout_per_class 3 --label_column kind --world add"
+    (config,) = parser.parse_args_into_dataclasses(flags.split())
+    expected = {"horizontal_flip": True, "heldout_per_class": 3, "label_column": "kind", "world": "add"}
+    assert config == DataConfig("x", resolution=64, **expected)
+    assert parser.parse_args_into_dataclasses([]) == (DataConfig(),)
+    assert "--balance_classes" in parser.format_help()
+
+
+# Front door
+
+
+def test_describe_shows_classes_counts_and_samples(folder):
+    text = describe(*load(folder, heldout_per_class=2))
+    assert "12 training and 6 held-out images, 8x8 RGB" in text
+    assert "  cat: 3 + 2\n  dog: 4 + 2\n  wild: 5 + 2\n" in text
+    assert "samples: cat/00.png (cat), dog/03.png (dog), wild/04.png (wild)" in text
+    assert "fewer than 2000" in text
+
+
+def test_good_folder_gives_no_warning(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder)

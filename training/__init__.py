@@ -1,0 +1,1 @@
+"""Training scripts of freqgate_dit and what only they need."""

@@ -1,0 +1,301 @@
+"""Every knob of a training run, in one typed place: dataclasses, filled from YAML and the command line.
+
+A field's name is its YAML key and its command-line flag. `parse_config` merges defaults, the YAML file and the command
+line, in this order; `TrainingRun.save` writes what came out, and that file starts the same run again.
+"""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
+from freqgate_dit.training.data import DataConfig
+from freqgate_dit.transformer_freqgate_dit import VARIANTS
+
+
+def knob(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+def check_choice(name: str, value, choices):
+    if value not in choices:
+        raise ValueError(f"`{name}` ({value!r}) must be one of {tuple(choices)}.")
+
+
+def check_range(config, *names: str, least: float):
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` ({value}) must be at least {least}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    _argument_group_name = "model"
+
+    variant: str = knob("freq_gate", f"Conditioning mechanism: {', '.join(VARIANTS)}.")
+    num_layers: int = knob(12, "Transformer blocks.")
+    num_attention_heads: int = knob(8, "Attention heads; the width is heads x attention_head_dim.")
+    attention_head_dim: int = knob(64, "Channels of a head.")
+    patch_size: int = knob(2, "Side of a patch, in latents or pixels.")
+    mlp_ratio: float = knob(4.0, "Hidden width of the MLP over the model's width.")
+    activation_fn: str = knob("gelu-approximate", "Of the MLP: gelu-approximate, linear-silu, swiglu, ...")
+    norm_elementwise_affine: bool = knob(False, "Learned scale and shift in the LayerNorms.")
+    output_modulation: bool | None = knob(None, "Final adaLN; by default on for adaLN-type variants only.")
+    modulation_rank: int | None = knob(None, "Rank of the modulation, adaLN-type variants; full if unset.")
+    num_condition_tokens: int = knob(2, "Memory of cross-attention: 2 (time, condition) or 1 (their sum).")
+    qk_norm: bool = knob(False, "RMSNorm of queries and keys.")
+    use_rope: bool = knob(False, "Rotary positions besides the sin-cos table.")
+    dropout: float = knob(0.0, "Dropout in the MLP.")
+
+    def __post_init__(self):
+        check_choice("variant", self.variant, VARIANTS)
+        check_range(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", least=1)
+
+    def build(self, in_channels: int, sample_size: int, condition_arguments: dict):
+        """The model, for inputs `(B, in_channels, sample_size, sample_size)`."""
+        arguments = dataclasses.asdict(self)
+        variant = VARIANTS[arguments.pop("variant")]
+        return variant(in_channels=in_channels, sample_size=sample_size, **arguments, **condition_arguments)
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    _argument_group_name = "condition"
+
+    condition: str = knob("auto", "class, text, none, or auto: class where the data has classes, else none.")
+    prompt_template: str = knob("A photo of {label}", "Prompt of a class, for condition=text.")
+    text_encoder: str | None = knob(None, "CLIP text model, folder or Hub id, for condition=text.")
+    tokenizer: str | None = knob(None, "Tokenizer of the text encoder; the text encoder's own if unset.")
+
+    def __post_init__(self):
+        check_choice("condition", self.condition, ("auto", "class", "text", "none"))
+        if self.condition == "text" and not self.text_encoder:
+            raise ValueError("`condition` is 'text' but `text_encoder` is unset: name a CLIP text model.")
+        if "{label}" not in self.prompt_template:
+            raise ValueError(f"`prompt_template` ({self.prompt_template!r}) must contain {{label}}.")
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    _argument_group_name = "latents"
+
+    vae: str | None = knob(None, "AutoencoderKL or AutoencoderTiny, folder or Hub id; unset trains on pixels.")
+    vae_subfolder: str | None = knob(None, "Subfolder of the autoencoder in its repository.")
+    vae_revision: str | None = knob(None, "Branch, tag or commit of the autoencoder's repository.")
+    cache_dir: str = knob("~/.cache/freqgate_dit", "Where encoded data is kept; shared by all runs.")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    _argument_group_name = "objective"
+
+    prediction_type: str = knob("epsilon", f"What the network predicts: {', '.join(PREDICTION_TYPES)}.")
+    num_train_timesteps: int = knob(1000, "Steps of the noise schedule.")
+    beta_schedule: str = knob("linear", "linear, scaled_linear or squaredcos_cap_v2.")
+    beta_start: float = knob(1e-4, "First beta.")
+    beta_end: float = knob(0.02, "Last beta.")
+    timestep_sampling: str = knob("uniform", f"Distribution of training timesteps: {', '.join(TIMESTEP_SAMPLING)}.")
+    stratified: bool = knob(True, "Spread the timesteps of a batch evenly over their distribution.")
+    logit_mean: float = knob(0.0, "Mean of the logit-normal distribution of t/T.")
+    logit_std: float = knob(1.0, "Standard deviation of the logit-normal distribution of t/T.")
+    min_snr_gamma: float | None = knob(None, "Min-SNR weighting with this clip (5 is usual); unset: unweighted.")
+    spectral_weight: float = knob(0.0, "Weight of the source experiment's L1 loss on Fourier magnitudes.")
+    class_dropout_prob: float = knob(0.1, "How often the condition is dropped; 0 rules out guidance.")
+
+    def __post_init__(self):
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"`class_dropout_prob` ({self.class_dropout_prob}) must be in [0, 1).")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    _argument_group_name = "sampling (previews, and the scheduler saved with the pipeline)"
+
+    timestep_spacing: str = knob("trailing", "Grid of the Euler scheduler: trailing, linspace or leading.")
+    num_inference_steps: int = knob(20, "Euler steps of previews.")
+    guidance_scale: float = knob(2.5, "Guidance of previews; 1 where the model has no null condition.")
+    num_previews: int = knob(16, "Images of a preview grid.")
+
+    def __post_init__(self):
+        check_choice("timestep_spacing", self.timestep_spacing, ("trailing", "linspace", "leading"))
+        check_range(self, "num_inference_steps", "num_previews", least=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    _argument_group_name = "training"
+
+    output_dir: str = knob("runs/freq_gate", "Folder of this run: checkpoints, metrics, previews, pipeline.")
+    seed: int = knob(0, "Of initialisation, data order, noise, timesteps and dropout of the condition.")
+    max_steps: int | None = knob(None, "Optimiser steps; set this or num_epochs.")
+    num_epochs: int | None = knob(None, "Passes over the data; set this or max_steps.")
+    per_device_batch_size: int = knob(96, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = knob(1, "Forward passes per optimiser step.")
+    learning_rate: float = knob(1e-4, "Peak learning rate of AdamW.")
+    lr_schedule: str = knob("constant", "After warm-up: constant, or cosine or linear decay to 0.")
+    warmup_steps: int = knob(0, "Optimiser steps of linear warm-up.")
+    adam_beta2: float = knob(0.999, "Second moment decay of AdamW.")
+    weight_decay: float = knob(0.01, "Decoupled weight decay of AdamW, on matrices and vectors alike.")
+    max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.")
+    ema_decay: float = knob(0.9999, "Decay of the weight average; warms up as (1 + n) / (10 + n).")
+    mixed_precision: str = knob("auto", "bf16 (autocast over float32 weights), no, or auto: bf16 where it is fast.")
+    gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass to save memory.")
+    compile: bool = knob(False, "torch.compile the repeated blocks.")
+    log_every: int = knob(50, "Steps between log lines.")
+    validate_every: int = knob(500, "Steps between validations.")
+    preview_every: int = knob(1000, "Steps between preview grids.")
+    save_every: int = knob(1000, "Steps between checkpoints.")
+    keep_checkpoints: int = knob(2, "Newest checkpoints that are kept.")
+    num_validation_images: int = knob(1024, "Held-out images in the validation loss.")
+    resume: str | None = knob(None, "'latest', or a checkpoint folder of this run.")
+    report_to: str = knob("tensorboard", "Accelerate tracker: tensorboard, wandb, trackio, ...; or none.")
+    dry_run: bool = knob(False, "Print configuration, data, parameters, FLOPs and memory, then stop.")
+
+    def __post_init__(self):
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"set exactly one of `max_steps` ({self.max_steps}) and `num_epochs` ({self.num_epochs})."
+            )
+        check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine", "linear"))
+        check_choice("mixed_precision", self.mixed_precision, ("auto", "bf16", "no"))
+        check_range(
+            self,
+            "max_steps",
+            "num_epochs",
+            "per_device_batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "validate_every",
+            "preview_every",
+            "save_every",
+            "keep_checkpoints",
+            "num_validation_images",
+            least=1,
+        )
+        check_range(self, "warmup_steps", "learning_rate", "weight_decay", least=0)
+        if self.max_grad_norm <= 0:
+            raise ValueError(
+                f"`max_grad_norm` ({self.max_grad_norm}) must be positive; use a large one for no clipping."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` ({self.ema_decay}) must be in [0, 1).")
+
+
+SECTIONS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "condition": ConditionConfig,
+    "latents": LatentConfig,
+    "objective": ObjectiveConfig,
+    "sampling": SamplingConfig,
+    "train": TrainConfig,
+}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The whole configuration of a run. `to_dict` is flat: one name for YAML, command line and card."""
+
+    data: DataConfig
+    model: ModelConfig
+    condition: ConditionConfig
+    latents: LatentConfig
+    objective: ObjectiveConfig
+    sampling: SamplingConfig
+    train: TrainConfig
+
+    def to_dict(self) -> dict:
+        return {name: value for section in dataclasses.asdict(self).values() for name, value in section.items()}
+
+    def to_yaml(self) -> str:
+        sections = []
+        for name, section in dataclasses.asdict(self).items():
+            sections.append(f"# {name}\n" + yaml.safe_dump(section, sort_keys=False, allow_unicode=True))
+        return "\n".join(sections)
+
+    def save(self, path: Path):
+        path.write_text(self.to_yaml(), encoding="utf-8")
+
+
+def field_types() -> dict[str, type]:
+    """Name -> type of every knob; names are unique over the sections."""
+    types = {}
+    for section in SECTIONS.values():
+        hints = get_type_hints(section)
+        for knob_field in dataclasses.fields(section):
+            assert knob_field.name not in types, f"two sections have a knob {knob_field.name}"
+            types[knob_field.name] = hints[knob_field.name]
+    return types
+
+
+def check_known(names, where: str):
+    known = field_types()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`--help` lists all of them."
+            raise ValueError(f"unknown configuration key {name!r} in {where}: {hint}")
+
+
+def convert(name: str, value, where: str):
+    """A YAML value as the knob's type. YAML reads 1e-4 as a string, and 1 for a float as an int."""
+    hint = field_types()[name]
+    allowed = get_args(hint) or (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    target = next(kind for kind in allowed if kind is not type(None))
+    if target is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, target) and not (target is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"`{name}` in {where} is {value!r}; expected {target.__name__}.")
+
+
+def load_yaml(path: str | Path) -> dict:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`--config` ({path}) is not a file; presets lie in training/configs/.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"`--config` ({path}) must hold `name: value` lines, but holds a {type(values).__name__}.")
+    check_known(values, str(path))
+    return {name: convert(name, value, str(path)) for name, value in values.items()}
+
+
+def parse_config(arguments: list[str] | None = None, description: str | None = None) -> TrainingRun:
+    """Defaults, then the YAML file of `--config`, then the command line.
+
+    Raises:
+        ValueError: for an unknown key or a value out of range; names the key and what to do.
+    """
+    parser = HfArgumentParser(list(SECTIONS.values()), description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of these options; the command line overrides it.")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config_path = parser.parse_known_args(arguments)[0].config
+    if config_path:
+        parser.set_defaults(**load_yaml(config_path))
+    namespace, unknown = parser.parse_known_args(arguments)
+    check_known(
+        [flag.lstrip("-").split("=")[0].replace("-", "_") for flag in unknown if flag[:2] == "--"], "the command line"
+    )
+    if unknown:
+        raise ValueError(f"the command line has {unknown} without an option that takes them.")
+    values = vars(namespace)
+    return TrainingRun(
+        **{
+            name: section(**{knob_field.name: values[knob_field.name] for knob_field in dataclasses.fields(section)})
+            for name, section in SECTIONS.items()
+        }
+    )

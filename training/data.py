@@ -1,0 +1,604 @@
+"""Labelled image sets for training: the built-in set, an image folder, parquet files, or a Hub data set.
+
+[`load_images`] turns a [`DataConfig`] into a training part and a held-out part, both [`LabelledImages`]: lazily
+decoded lists of square RGB images. Every image takes the same way: EXIF orientation applied, transparency composited
+on white (what a browser shows), 16-bit grey scaled to 8 bits, anything else converted to RGB (colour profiles are not
+applied), shorter side resized to `resolution` with Lanczos, centre crop. Which image is held out depends on classes
+and names alone, never on the order in which they were found.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from freqgate_dit.shapes_textures import ShapesTextures
+
+
+BUILT_IN = "shapes_textures"
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "eval")
+MAX_UNREADABLE = 0.01
+# Part of every fingerprint: change it whenever the same files would give other pixels.
+TRANSFORM = "exif, white, rgb, shorter side lanczos, centre crop, v1"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to train on and which to hold out; every field is a command-line flag.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    dataset: str = field(
+        default=BUILT_IN,
+        metadata={
+            "help": "'shapes_textures' (built in), an image folder (one class per subfolder; without subfolders: "
+            "unconditional), parquet files (path or glob ending in .parquet), or a Hub data set "
+            "('user/name', or its downloaded folder)."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Image column of parquet files or a Hub data set; found by its type if unset."}
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "Label column of parquet files or a Hub data set; found by type, then by name, if unset."},
+    )
+    resolution: int = field(
+        default=32, metadata={"help": "Image side in pixels: shorter side resized (Lanczos), then centre crop."}
+    )
+    horizontal_flip: bool = field(
+        default=False, metadata={"help": "Train on mirrored images too. Refused for the built-in set."}
+    )
+    heldout_per_class: int | None = field(
+        default=None,
+        metadata={"help": "Hold out the last N images of each class, sorted by name. Replaces heldout_fraction."},
+    )
+    heldout_fraction: float = field(
+        default=0.1,
+        metadata={
+            "help": "Hold out this share of each class (the last, sorted by name), at least one of two or more."
+        },
+    )
+    balance_classes: bool = field(
+        default=False, metadata={"help": "Cut the training part of each class to the smallest one's size."}
+    )
+    world: str = field(default="mod", metadata={"help": "World of the built-in set."})
+    num_images: int = field(default=20000, metadata={"help": "Number of training images of the built-in set."})
+    data_seed: int = field(default=0, metadata={"help": "Seed of the built-in set."})
+
+    def __post_init__(self):
+        for name, least in (("resolution", 1), ("num_images", 1), ("heldout_per_class", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value!r} must be at least {least}.")
+        if not 0 <= self.heldout_fraction < 1:
+            raise ValueError(
+                f"heldout_fraction={self.heldout_fraction!r} must be at least 0 and less than 1, such as 0.1."
+            )
+
+
+# Options that only some kinds of data set read: refused elsewhere, because ignoring them would mislead.
+_APPLIES_TO = (
+    (("hub",), ("dataset_split", "dataset_revision")),
+    (("parquet", "hub"), ("image_column", "label_column")),
+    (("folder", "parquet", "hub"), ("heldout_per_class", "heldout_fraction", "balance_classes")),
+    (("built-in",), ("world", "num_images", "data_seed")),
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelledImages:
+    """A lazily decoded list of square RGB images, with labels unless the set is unconditional.
+
+    Args:
+        class_names: name of each label; `()` means unconditional.
+        labels: int64 tensor `(N,)` with values in `[0, len(class_names))`, or `None` when unconditional.
+        names: file name of each image relative to the data set, or its row id.
+        fingerprint: hex digest of content, names, classes and transform; equal for equal images wherever they lie.
+        resolution: side of every image in pixels.
+        load: maps a list of indices in `[0, N)` to a uint8 tensor `(B, 3, resolution, resolution)`.
+    """
+
+    class_names: tuple[str, ...]
+    labels: torch.LongTensor | None
+    names: list[str]
+    fingerprint: str
+    resolution: int
+    load: Callable[[list[int]], torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Image `index` as uint8 `(3, resolution, resolution)`; `IndexError` when out of range, so iteration ends."""
+        return self.images([index])[0]
+
+    def images(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Images `indices`, in that order, decoded in threads: uint8 `(B, 3, resolution, resolution)`.
+
+        Raises:
+            IndexError: if an index is not in `[-N, N)`.
+            ValueError: if an image cannot be decoded.
+        """
+        wanted = torch.as_tensor(indices, dtype=torch.int64).tolist()
+        for index in wanted:
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index={index} is out of range for {len(self)} images.")
+        if not wanted:
+            return torch.empty(0, 3, self.resolution, self.resolution, dtype=torch.uint8)
+        return self.load([index % len(self) for index in wanted])
+
+
+def load_images(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
+    """Find, check and split the images that `config` names.
+
+    Every file or row is read once, to fingerprint the content and to find unreadable images: up to 1% are left out
+    with a warning, more are an error. Classes without an image are left out with a warning. The parts are sorted by
+    class, then by name.
+
+    Returns:
+        The training part and the held-out part, with the same `class_names`; the latter may be empty.
+
+    Raises:
+        ValueError: if the data set is missing, empty, mixed, unreadable or too small for the held-out rule, if its
+            classes are named like splits, or if an option does not apply to this kind of data set.
+        ImportError: if `datasets` is needed and not installed.
+    """
+    kind = _kind(config.dataset)
+    _refuse_unused_options(config, kind)
+    if kind == "built-in":
+        return _built_in(config)
+    if kind == "folder":
+        root = Path(config.dataset).expanduser()
+        class_names, items = _scan_folder(root)
+        read = partial(_read_file, root)
+    else:
+        rows = _open_parquet(config) if kind == "parquet" else _open_hub(config)
+        image_column, label_column = _image_column(rows, config), _label_column(rows, config)
+        images = _encoded(rows, image_column)
+        class_names, items = _scan_rows(rows, images, image_column, label_column)
+        read = partial(_read_row, images, image_column)
+    _refuse_split_names(class_names, config.dataset)
+    items = _readable(items, read, config.dataset)
+    class_names, items = _drop_empty_classes(class_names, items)
+    return tuple(_part(class_names, part, read, config.resolution) for part in _split(class_names, items, config))
+
+
+def describe(train: LabelledImages, heldout: LabelledImages) -> str:
+    """What the user should see before training: size, classes, images per class and part, three sample names."""
+    size = f"{train.resolution}x{train.resolution} RGB"
+    lines = [f"{len(train)} training and {len(heldout)} held-out images, {size}, fingerprint {train.fingerprint[:12]}"]
+    if train.class_names:
+        counts = [torch.bincount(part.labels, minlength=len(train.class_names)).tolist() for part in (train, heldout)]
+        lines.append(f"{len(train.class_names)} classes (training + held-out images):")
+        # A thousand classes would push everything else off the screen.
+        shown = len(train.class_names) if len(train.class_names) <= 20 else 10
+        lines += [f"  {name}: {n} + {m}" for name, n, m in list(zip(train.class_names, *counts))[:shown]]
+        if shown < len(train.class_names):
+            (low, high), (low_heldout, high_heldout) = [(min(count), max(count)) for count in counts]
+            lines.append(
+                f"  ... and {len(train.class_names) - shown} more; "
+                f"over all classes {low} to {high} + {low_heldout} to {high_heldout}"
+            )
+    else:
+        lines.append("no classes: unconditional")
+    samples = sorted({0, len(train) // 2, len(train) - 1})
+    lines.append("samples: " + ", ".join(_sample(train, index) for index in samples))
+    if len(train) < 2000:
+        lines.append(
+            "note: with fewer than 2000 training images a model tends to copy them; compare samples with them"
+        )
+    return "\n".join(lines)
+
+
+def decode_image(data: bytes, resolution: int) -> torch.Tensor:
+    """Decode one encoded image (its first frame) to uint8 `(3, resolution, resolution)`, as the module describes.
+
+    Raises:
+        ValueError: if the pixels are floating point.
+        OSError: if Pillow cannot read the data; its codecs may raise other errors, too.
+    """
+    with Image.open(BytesIO(data)) as image:
+        image = _to_rgb(ImageOps.exif_transpose(image))
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+_Reader = Callable[[str | int], bytes]
+
+
+class _Item(NamedTuple):
+    name: str  # sort key of the held-out rule, shown to the user
+    label: int  # -1: unconditional
+    key: str | int  # what the reader takes: relative path or row number
+    digest: str = ""  # of the encoded bytes
+
+
+# Module functions with `partial`, not closures, so that a LabelledImages can be sent to a spawned worker process.
+def _read_file(root: Path, key: str) -> bytes:
+    return (root / key).read_bytes()
+
+
+def _read_row(images, column: str, key: int) -> bytes:
+    image = images[key][column]
+    if image is None:
+        raise ValueError("the image is null")
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def _decode_items(items: list[_Item], read: _Reader, resolution: int, indices: list[int]) -> torch.Tensor:
+    # Filled through NumPy: torch's own threads, started inside ours, made this ten times slower on a busy machine.
+    batch = np.empty((len(indices), 3, resolution, resolution), dtype=np.uint8)
+
+    def decode(position: int) -> None:
+        item = items[indices[position]]
+        try:
+            batch[position] = decode_image(read(item.key), resolution).numpy()
+        except Exception as error:  # Pillow's codecs raise almost anything on broken data
+            raise ValueError(
+                f"image {item.name!r} cannot be decoded ({error}); remove or replace it, then start again."
+            ) from error
+
+    if len(indices) == 1:  # a pool costs more than one image
+        decode(0)
+    else:
+        list(_in_threads(decode, range(len(indices))))
+    return torch.from_numpy(batch)
+
+
+def _kind(dataset: str) -> str:
+    """One of "built-in", "folder", "parquet", "hub"."""
+    if dataset == BUILT_IN:
+        return "built-in"
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return "hub" if _is_snapshot(path) else "folder"
+    if dataset.endswith(".parquet") or any(character in dataset for character in "*?["):
+        return "parquet"
+    if path.exists():
+        raise ValueError(f"dataset={dataset!r} is a file but not .parquet: unpack archives and pass the image folder.")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset):
+        return "hub"
+    raise ValueError(
+        f"dataset={dataset!r} was not found: there is no such folder (current directory: {os.getcwd()}), it does not "
+        f"end in .parquet, and it is not a Hub id like 'user/name'. The built-in set is {BUILT_IN!r}."
+    )
+
+
+def _is_snapshot(path: Path) -> bool:
+    """Whether a folder is a downloaded Hub data set: parquet files where the Hub keeps them, and no image file."""
+    names = (name for _, _, files in os.walk(path) for name in files)
+    return any([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) and not any(map(_is_image_name, names))
+
+
+def _refuse_unused_options(config: DataConfig, kind: str) -> None:
+    if kind == "built-in" and config.horizontal_flip:
+        raise ValueError(
+            f"horizontal_flip=True cannot be used with dataset={BUILT_IN!r}: mirroring a texture changes its class."
+        )
+    defaults = DataConfig()
+    for name in (name for kinds, names in _APPLIES_TO if kind not in kinds for name in names):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} has no effect on dataset={config.dataset!r} ({kind}): leave "
+                "it out. (Another split of a folder or of parquet files is another path.)"
+            )
+
+
+def _built_in(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
+    parts = []
+    for split, count in (("train", config.num_images), ("validation", max(512, config.num_images // 20))):
+        source = ShapesTextures(
+            count, image_size=config.resolution, world=config.world, split=split, seed=config.data_seed
+        )
+        labels = torch.as_tensor(source.labels(range(count)), dtype=torch.int64)
+        # A few rendered images stand for the generator's code: a cache must not outlive a change of it.
+        probe = hashlib.sha256(source.images(range(min(4, count))).numpy().tobytes() + labels.numpy().tobytes())
+        identity = [BUILT_IN, config.world, split, count, config.data_seed, config.resolution, probe.hexdigest()]
+        names = [f"{split}-{index:07d}" for index in range(count)]
+        class_names = tuple(source.class_names)
+        parts.append(LabelledImages(class_names, labels, names, _digest(identity), config.resolution, source.images))
+    return tuple(parts)
+
+
+def _scan_folder(root: Path) -> tuple[tuple[str, ...], list[_Item]]:
+    """Classes are the subfolders that hold files; nothing else of the folder structure carries meaning."""
+    entries = [entry for entry in sorted(os.listdir(root)) if not entry.startswith(".")]
+    loose = [entry for entry in entries if _is_image_name(entry) and (root / entry).is_file()]
+    folders = [entry for entry in entries if (root / entry).is_dir()]
+    nested = {folder: _image_files(root, folder) for folder in folders}
+    if not loose and not any(nested.values()):
+        raise ValueError(f"dataset={str(root)!r} holds no image; looked for {', '.join(EXTENSIONS)}.")
+    if loose and any(nested.values()):
+        with_images = [folder for folder in folders if nested[folder]]
+        raise ValueError(
+            f"dataset={str(root)!r} mixes {len(loose)} loose images (such as {loose[0]!r}) with {len(with_images)} "
+            f"subfolders of images (such as {with_images[0]!r}). Move the loose images into a class folder, or "
+            "elsewhere; for an unconditional set put all images directly into one folder."
+        )
+    if loose:
+        return (), [_Item(name, -1, name) for name in loose]
+    return tuple(folders), [_Item(name, label, name) for label, f in enumerate(folders) for name in nested[f]]
+
+
+def _image_files(root: Path, folder: str) -> list[str]:
+    """Image files that are not hidden, below `root / folder` at any depth, relative to `root`."""
+    found, seen = [], set()
+    for directory, subfolders, files in os.walk(root / folder, followlinks=True):
+        real = os.path.realpath(directory)
+        # Class folders are often links, and links can form circles.
+        subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
+        if real not in seen:
+            relative = Path(directory).relative_to(root)
+            found += [(relative / name).as_posix() for name in files if _is_image_name(name)]
+        seen.add(real)
+    return found
+
+
+def _is_image_name(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def _import_datasets(dataset: str):
+    # Imported on use: it takes a second, and image folders do without it.
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"dataset={dataset!r} needs `datasets`: pip install 'freqgate_dit[train]'.") from error
+    return datasets
+
+
+def _open_parquet(config: DataConfig):
+    files = sorted(glob.glob(os.path.expanduser(config.dataset), recursive=True))
+    files = [name for name in files if name.endswith(".parquet") and os.path.isfile(name)]
+    if not files:
+        raise ValueError(f"dataset={config.dataset!r} matches no .parquet file (current directory: {os.getcwd()}).")
+    datasets = _import_datasets(config.dataset)
+    try:
+        return datasets.load_dataset("parquet", data_files=[glob.escape(name) for name in files], split="train")
+    except Exception as error:  # pyarrow, fsspec and datasets each have their own
+        raise ValueError(f"dataset={config.dataset!r} cannot be read as parquet: {error}") from error
+
+
+def _open_hub(config: DataConfig):
+    datasets = _import_datasets(config.dataset)
+    name = os.path.expanduser(config.dataset)
+    try:
+        return datasets.load_dataset(name, split=config.dataset_split, revision=config.dataset_revision)
+    except Exception as error:  # network, missing, gated, unknown split: many libraries' own errors
+        raise ValueError(
+            f"dataset={config.dataset!r} is neither a folder of images nor .parquet files, and it could not be loaded "
+            f"as a Hub data set (dataset_split={config.dataset_split!r}, "
+            f"dataset_revision={config.dataset_revision!r}): "
+            f"{type(error).__name__}: {error}. Check the spelling, the connection and, for a private or gated set, "
+            "`hf auth login`."
+        ) from error
+
+
+def _image_column(rows, config: DataConfig) -> str:
+    # Files not written by `datasets` have its storage type, {bytes, path}, without the feature's name.
+    found = [
+        name
+        for name, feature in rows.features.items()
+        if type(feature).__name__ == "Image" or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    ]
+    column = _choose_column(rows, config, "image_column", found)
+    if column is None:
+        raise ValueError(
+            f"dataset={config.dataset!r} has no image column among {rows.column_names}: pass image_column."
+        )
+    return column
+
+
+def _label_column(rows, config: DataConfig) -> str | None:
+    typed = [name for name, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
+    named = [name for name in ("label", "labels", "class") if name in rows.features]
+    return _choose_column(rows, config, "label_column", typed or named)
+
+
+def _choose_column(rows, config: DataConfig, option: str, found: list[str]) -> str | None:
+    name = getattr(config, option)
+    if name is not None and name not in rows.features:
+        raise ValueError(f"{option}={name!r} is not a column of the data set; its columns are {rows.column_names}.")
+    if name is None and len(found) > 1:
+        raise ValueError(f"{option}=None, but dataset={config.dataset!r} has several: pass one of {found}.")
+    return name or (found[0] if found else None)
+
+
+def _encoded(rows, column: str):
+    """The one image column of `rows`, as {bytes, path}: this module decodes all images itself, and the same way."""
+    from datasets import Image as ImageFeature
+
+    try:
+        return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+    except Exception as error:  # pyarrow and datasets each have their own cast errors
+        raise ValueError(
+            f"image_column={column!r} has the type {rows.features[column]}, not encoded images; the columns are "
+            f"{rows.column_names}."
+        ) from error
+
+
+def _scan_rows(rows, images, image_column: str, label_column: str | None) -> tuple[tuple[str, ...], list[_Item]]:
+    """Rows are named by the image's file name where one is stored, else by their zero-padded number."""
+    import pyarrow.compute as pc
+
+    names, width = [], len(str(len(rows)))
+    for batch in images.with_format("arrow").iter(1000):
+        for image in pc.struct_field(batch[image_column], "path").to_pylist():
+            # The last component only: a path on the machine that wrote the file means nothing here.
+            names.append(PurePosixPath((image or "").replace("\\", "/")).name or f"{len(names):0{width}d}")
+    if not names:
+        raise ValueError(f"the data set has no rows: {rows}.")
+    class_names, labels = ((), [-1] * len(names)) if label_column is None else _row_labels(rows, label_column)
+    return class_names, [_Item(name, label, row) for row, (name, label) in enumerate(zip(names, labels))]
+
+
+def _row_labels(rows, column: str) -> tuple[tuple[str, ...], list[int]]:
+    feature = rows.features[column]
+    values = list(rows.with_format(None)[column])
+    wrong = [row for row, value in enumerate(values) if not isinstance(value, (int, str))]
+    if wrong:
+        raise ValueError(
+            f"label_column={column!r} must hold integers or strings, but row {wrong[0]} has {values[wrong[0]]!r} "
+            f"({len(wrong)} such rows). Remove those rows or pass another label_column."
+        )
+    if type(feature).__name__ == "ClassLabel":
+        if min(values) < 0:
+            raise ValueError(
+                f"label_column={column!r} has {sum(value < 0 for value in values)} unlabelled rows (-1), the first is "
+                f"row {values.index(min(values))}. Pass a labelled split or file."
+            )
+        return tuple(feature.names), values
+    distinct = sorted(set(values))
+    index = {value: label for label, value in enumerate(distinct)}
+    return tuple(str(value) for value in distinct), [index[value] for value in values]
+
+
+def _refuse_split_names(class_names: tuple[str, ...], dataset: str) -> None:
+    splits = [name for name in class_names if name.lower() in SPLIT_NAMES]
+    if splits:
+        raise ValueError(
+            f"dataset={dataset!r} has classes named like splits: {splits}. Pass the folder (or files) of one split, "
+            f"such as {os.path.join(dataset, splits[0])!r}; rename the class if it really is one."
+        )
+
+
+def _readable(items: list[_Item], read: _Reader, dataset: str) -> list[_Item]:
+    """Read every image once: fill in the digests and leave out, with a warning, what cannot be read."""
+
+    def inspect(item: _Item) -> tuple[_Item, str | None]:
+        try:
+            data = read(item.key)
+            _verify(data)
+        except Exception as error:  # noqa: BLE001 - Pillow's codecs raise almost anything on broken data
+            return item, f"{item.name} ({type(error).__name__}: {error})"
+        return item._replace(digest=hashlib.sha256(data).hexdigest()), None
+
+    checked = tqdm(_in_threads(inspect, items), "checking images", len(items), disable=len(items) <= 2000)
+    good, bad = [], []
+    for item, problem in checked:
+        good.append(item) if problem is None else bad.append(problem)
+    if len(bad) > MAX_UNREADABLE * len(items):
+        raise ValueError(
+            f"dataset={dataset!r}: {len(bad)} of {len(items)} images cannot be read, more than {MAX_UNREADABLE:.0%}. "
+            f"Remove or replace them: {_some(bad, 5)}"
+        )
+    if bad:
+        warnings.warn(
+            f"dataset={dataset!r}: {len(bad)} of {len(items)} images cannot be read and are left out: {_some(bad, 20)}"
+        )
+    return good
+
+
+def _verify(data: bytes) -> None:
+    """Raise on broken data, without decoding where that suffices."""
+    with Image.open(BytesIO(data)) as image:
+        _refuse_float(image)
+        if image.format == "PNG":
+            image.verify()  # checksums
+        elif image.format != "JPEG" or b"\xff\xd9" not in data[-4096:]:  # a JPEG without its end marker is cut off
+            image.load()
+
+
+def _refuse_float(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose black and white are unknown; convert to 8 or 16 bits")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    _refuse_float(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255, which turns most of a 16-bit image white.
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _drop_empty_classes(class_names: tuple[str, ...], items: list[_Item]) -> tuple[tuple[str, ...], list[_Item]]:
+    used = sorted({item.label for item in items})
+    if not class_names or len(used) == len(class_names):
+        return class_names, items
+    empty = [name for label, name in enumerate(class_names) if label not in set(used)]
+    warnings.warn(f"{len(empty)} classes have no image and are left out: {_some(empty, 20)}")
+    new = {label: index for index, label in enumerate(used)}
+    return tuple(class_names[label] for label in used), [item._replace(label=new[item.label]) for item in items]
+
+
+def _split(class_names: tuple[str, ...], items: list[_Item], config: DataConfig) -> tuple[list[_Item], list[_Item]]:
+    """The source's rule: per class, sorted by name, the last ones are held out."""
+    items = sorted(items, key=lambda item: (item.label, item.name, item.key))
+    train, heldout = [], []
+    for label, group in groupby(items, key=lambda item: item.label):
+        group = list(group)
+        count = config.heldout_per_class
+        if count is None:
+            count = round(len(group) * config.heldout_fraction)
+            if config.heldout_fraction > 0:
+                count = min(max(count, 1), len(group) - 1)
+        if count >= len(group):
+            who = f"class {class_names[label]!r}" if class_names else "the data set"
+            raise ValueError(
+                f"heldout_per_class={count} leaves {who} ({len(group)} images) no training image: pass less than "
+                f"{len(group)}, or leave it out to hold out heldout_fraction={config.heldout_fraction}."
+            )
+        train.append(group[: len(group) - count])
+        heldout.append(group[len(group) - count :])
+    if config.balance_classes:
+        smallest = min(len(group) for group in train)
+        train = [group[:smallest] for group in train]
+    return [item for group in train for item in group], [item for group in heldout for item in group]
+
+
+def _part(class_names: tuple[str, ...], items: list[_Item], read: _Reader, resolution: int) -> LabelledImages:
+    names, labels, _, digests = ([getattr(item, name) for item in items] for name in _Item._fields)
+    fingerprint = _digest([TRANSFORM, resolution, class_names, names, labels, digests])
+    labels = torch.tensor(labels, dtype=torch.int64) if class_names else None
+    load = partial(_decode_items, items, read, resolution)
+    return LabelledImages(class_names, labels, names, fingerprint, resolution, load)
+
+
+def _digest(identity: list) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _in_threads(function: Callable, values: Sequence) -> Iterator:
+    """`map` in order over threads (file reads, hashes and codecs release the GIL)."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        # In blocks, because `pool.map` queues everything at once.
+        for start in range(0, len(values), 4096):
+            yield from pool.map(function, values[start : start + 4096])
+
+
+def _sample(part: LabelledImages, index: int) -> str:
+    return part.names[index] + (f" ({part.class_names[part.labels[index]]})" if part.class_names else "")
+
+
+def _some(names: list[str], limit: int) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

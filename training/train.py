@@ -1,0 +1,438 @@
+"""Train a DiT variant and save it as a pipeline folder.
+
+    accelerate launch training/train.py --config training/configs/demo.yaml
+    accelerate launch training/train.py --dataset path/to/images --resolution 64 --max_steps 20000
+
+Every option can stand in the YAML file or on the command line, under the same name. `--dry_run` shows what a run would
+do and stops; `--resume latest` goes on with the newest complete checkpoint of `output_dir`.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+
+# An uninstalled checkout: `accelerate launch training/train.py` puts this folder, not the root, on the path.
+if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+from freqgate_dit import plots
+from freqgate_dit.losses import DiffusionObjective, drop_labels
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
+from freqgate_dit.training.batches import DROPOUT, Batches, derived_seed
+from freqgate_dit.training.checkpoints import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from freqgate_dit.training.conditions import load_condition
+from freqgate_dit.training.config import ObjectiveConfig, TrainConfig, TrainingRun, parse_config
+from freqgate_dit.training.data import describe, load_images
+from freqgate_dit.training.ema import NamedEMA
+from freqgate_dit.training.latents import load_or_encode, load_vae
+from freqgate_dit.training.report import Metrics, describe_cost
+from freqgate_dit.training.validation import Validation
+from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of `step` (from 0), in optimiser steps: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    decay = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * decay
+
+
+def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDPMScheduler, EulerDiscreteScheduler]:
+    """The scheduler that adds noise in training and the one that samples, from one set of betas."""
+    shared = {
+        name: getattr(config, name)
+        for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    }
+    training = DDPMScheduler(**shared)
+    # Spacing is set here because `from_config` of a DDPM scheduler would silently fall back to "linspace".
+    sampling = EulerDiscreteScheduler(**shared, timestep_spacing=timestep_spacing)
+    if not torch.equal(training.alphas_cumprod, sampling.alphas_cumprod):
+        raise RuntimeError(
+            "DDPMScheduler and EulerDiscreteScheduler disagree on the noise schedule; please report it."
+        )
+    return training, sampling
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device has bf16 matrix units: CUDA since Ampere, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+class Trainer:
+    """A run: data, model, optimiser, average, and what is done with them at the steps where it is due."""
+
+    def __init__(self, config: TrainingRun):
+        self.config = config
+        train = config.train
+        self.accelerator = Accelerator(
+            mixed_precision=self._mixed_precision(),
+            log_with=None if train.report_to == "none" else train.report_to,
+            project_dir=str(Path(train.output_dir) / "logs"),
+        )
+        supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.accelerator.distributed_type not in supported:
+            raise ValueError(
+                f"`accelerate launch` is set to {self.accelerator.distributed_type.value}, which this trainer "
+                "does not support (the weight average needs whole parameters): use one process or plain --multi_gpu."
+            )
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.global_batch_size = (
+            train.per_device_batch_size * self.accelerator.num_processes * train.gradient_accumulation_steps
+        )
+        self.output_dir = Path(train.output_dir)
+
+        images, heldout_images = load_images(config.data)
+        self.print(describe(images, heldout_images))
+        self.condition = load_condition(config.condition, images.class_names, self.device)
+        self.vae = load_vae(config.latents)
+        self.total_steps = train.max_steps or math.ceil(train.num_epochs * len(images) / self.global_batch_size)
+        self._build_model()
+        self.print(describe_cost(self.model, self._data_bytes(len(images))))
+        self.print(
+            f"batch           {train.per_device_batch_size} per process x {self.accelerator.num_processes} processes "
+            f"x {train.gradient_accumulation_steps} accumulation = {self.global_batch_size}; "
+            f"{self.total_steps} steps = {self.total_steps * self.global_batch_size / len(images):.1f} epochs\n"
+            f"device          {self.device}, mixed precision {self.accelerator.mixed_precision}, "
+            f"compile {'on' if train.compile else 'off'}"
+        )
+        if train.dry_run:
+            return
+
+        with self.accelerator.main_process_first():
+            encode = partial(load_or_encode, vae=self.vae, cache_dir=config.latents.cache_dir, device=self.device)
+            data = encode(images, flip=config.data.horizontal_flip)
+            heldout = encode(heldout_images, flip=False)
+        self.batches = Batches(data, self.global_batch_size, train.seed, config.objective.stratified)
+        self.validation = Validation(
+            heldout,
+            self.objective.scheduler,
+            train.num_validation_images,
+            train.per_device_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+
+        self.step = 0
+        self.ema = NamedEMA(self.model, train.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=train.learning_rate,
+            betas=(0.9, train.adam_beta2),
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        if train.resume:
+            self._resume()
+        self._open_output_dir()
+        if self.device.type == "cpu":
+            self.model.set_attn_processor(DiTMatmulAttnProcessor())
+        if train.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if train.compile:
+            self.model.compile_repeated_blocks(fullgraph=True)
+        self.prepared_model, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
+
+    # -- setting up -------------------------------------------------------------------------------------------------
+
+    def print(self, *lines: str):
+        self.accelerator.print(*lines)
+
+    def _mixed_precision(self) -> str:
+        choice = self.config.train.mixed_precision
+        if choice != "auto":
+            return choice
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        return "bf16" if bf16_is_fast(device) else "no"
+
+    def _build_model(self):
+        config = self.config
+        channels, size = 3, config.data.resolution
+        if self.vae is not None:
+            channels = self.vae.config.latent_channels
+            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            if size % (factor * config.model.patch_size):
+                raise ValueError(
+                    f"`resolution` ({size}) must be a multiple of {factor * config.model.patch_size}: autoencoder "
+                    f"factor {factor} x `patch_size` {config.model.patch_size}."
+                )
+            size //= factor
+        elif size % config.model.patch_size:
+            raise ValueError(f"`resolution` ({size}) must be a multiple of `patch_size` ({config.model.patch_size}).")
+        torch.manual_seed(config.train.seed)
+        self.model = config.model.build(channels, size, self.condition.model_arguments()).to(self.device)
+        training, self.sampling_scheduler = make_schedulers(config.objective, config.sampling.timestep_spacing)
+        self.objective = DiffusionObjective(
+            training,
+            config.objective.timestep_sampling,
+            config.objective.logit_mean,
+            config.objective.logit_std,
+            config.objective.min_snr_gamma,
+            config.objective.spectral_weight,
+        )
+
+    def _data_bytes(self, count: int) -> int:
+        config = self.model.config
+        sample = config.in_channels * config.sample_size**2
+        views = 2 if self.config.data.horizontal_flip else 1
+        if self.vae is None:
+            return count * views * sample
+        moments = 1 if type(self.vae).__name__ == "AutoencoderTiny" else 2
+        return 4 * count * views * moments * sample
+
+    def _open_output_dir(self):
+        """Claim the output folder; a folder with another run in it is refused unless it is resumed."""
+        config_file = self.output_dir / "config.yaml"
+        if config_file.exists() and not self.config.train.resume:
+            raise ValueError(
+                f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
+                "`--resume latest`."
+            )
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.config.save(config_file)
+            self.metrics = Metrics(self.output_dir / "metrics.jsonl", self.step)
+        if self.config.train.report_to != "none":
+            # Trackers take numbers, strings and booleans only.
+            settings = {key: "none" if value is None else value for key, value in self.config.to_dict().items()}
+            self.accelerator.init_trackers("freqgate_dit", config=settings)
+
+    def _resume(self):
+        folder = find_checkpoint(self.config.train.resume, self.output_dir / "checkpoints")
+        checkpoint = load_checkpoint(folder, self.device)
+        fixed = ("data", "model", "condition", "objective")
+        now = self.config.to_dict()
+        for section in fixed:
+            for name in vars(getattr(self.config, section)):
+                if checkpoint.state["config"].get(name) != now[name]:
+                    raise ValueError(
+                        f"`{name}` is {now[name]!r}, but the checkpoint {folder.name} was trained with "
+                        f"{checkpoint.state['config'].get(name)!r}: resume with the same value."
+                    )
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        self.ema.load(checkpoint.tensors["ema"], checkpoint.state["ema_updates"])
+        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
+        self.step = checkpoint.state["step"]
+        self.print(f"resuming from {folder.name}")
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self):
+        config, accelerator = self.config.train, self.accelerator
+        progress = tqdm(
+            total=self.total_steps, initial=self.step, unit="step", disable=not self.is_main, smoothing=0.05
+        )
+        self.prepared_model.train()
+        terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
+        if self.step == 0:
+            self.validate()
+        while self.step < self.total_steps:
+            # Dropout draws from the global generator; all else from (seed, step).
+            torch.manual_seed(derived_seed(config.seed, DROPOUT, self.step, accelerator.process_index))
+            lr = learning_rate(config, self.step, self.total_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            global_batch = self.batches.draw(self.step)
+            for micro_step in range(config.gradient_accumulation_steps):
+                last = micro_step == config.gradient_accumulation_steps - 1
+                batch = global_batch.shard(
+                    micro_step, accelerator.process_index, accelerator.num_processes, config.per_device_batch_size
+                )
+                with contextlib.nullcontext() if last else accelerator.no_sync(self.prepared_model):
+                    terms = self.loss_terms(batch)
+                    accelerator.backward(self.objective.total(terms) / config.gradient_accumulation_steps)
+                for name, term in terms.items():
+                    terms_sum[name] = terms_sum.get(name, 0) + term.detach().mean()
+            grad_norm = accelerator.clip_grad_norm_(self.prepared_model.parameters(), config.max_grad_norm)
+            self.prepared_optimizer.step()
+            self.prepared_optimizer.zero_grad(set_to_none=True)
+            self.ema.step(self.model.parameters())
+            self.step += 1
+            steps_since_log += 1
+            progress.update()
+
+            if self.due(config.log_every):
+                count = steps_since_log * config.gradient_accumulation_steps
+                losses = {name: accelerator.reduce(value / count, "mean").item() for name, value in terms_sum.items()}
+                elapsed = time.perf_counter() - clock
+                images_per_second = steps_since_log * self.global_batch_size / elapsed
+                self.log(
+                    {
+                        **{f"train/{name}": value for name, value in losses.items()},
+                        "train/lr": lr,
+                        "train/grad_norm": grad_norm.item(),
+                        "images_per_second": images_per_second,
+                    }
+                )
+                progress.set_postfix(loss=f"{losses['mse']:.4f}", img_s=f"{images_per_second:.0f}")
+                if not math.isfinite(losses["mse"]):
+                    raise FloatingPointError(
+                        f"the loss is {losses['mse']} at step {self.step}: lower `learning_rate` ({lr}) and resume "
+                        "with `--resume latest`."
+                    )
+                terms_sum, steps_since_log = {}, 0
+            if self.due(config.validate_every):
+                self.validate()
+            if self.due(config.preview_every):
+                self.preview()
+            if self.due(config.save_every):
+                self.save()
+            if self.due(config.log_every):
+                # Validation, previews and saving do not count as training time.
+                clock = time.perf_counter()
+        progress.close()
+        self.finish()
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total_steps
+
+    def loss_terms(self, batch) -> dict[str, torch.Tensor]:
+        """Loss terms of a batch, timesteps and dropped conditions taken from its uniforms."""
+        labels = batch.labels
+        if not self.condition.is_none:
+            probability = self.config.objective.class_dropout_prob
+            labels = drop_labels(labels, self.condition.null_label, batch.dropout, probability)
+        denoise = partial(self.denoise, self.prepared_model, labels=labels)
+        return self.objective.terms(denoise, batch.latents, batch.noise, self.objective.timesteps(batch.uniform))
+
+    def denoise(self, model, noisy, timesteps, labels) -> torch.Tensor:
+        return model(noisy, timesteps, **self.condition.forward_arguments(labels), return_dict=False)[0]
+
+    # -- what is done on the way ------------------------------------------------------------------------------------
+
+    def log(self, values: dict[str, float]):
+        if self.is_main:
+            self.metrics.add(self.step, values)
+        self.accelerator.log(values, step=self.step)
+
+    def validate(self):
+        """Validation loss of the raw and of the averaged weights."""
+        self.model.eval()
+        values = {}
+        for name, context in (("raw", contextlib.nullcontext()), ("ema", self.ema.swapped_into(self.model))):
+            with context:
+                total = self.validation(partial(self.denoise, self.model))
+            summary = self.validation.summarise(self.accelerator.reduce(total, "sum"))
+            values |= {f"val_{name}/{key}": value for key, value in summary.items()}
+        self.model.train()
+        self.log(values)
+        tqdm.write(
+            f"step {self.step}: validation loss {values['val_raw/loss']:.4f} (EMA {values['val_ema/loss']:.4f})"
+        ) if self.is_main else None
+
+    @contextlib.contextmanager
+    def ema_pipeline(self):
+        """The pipeline as it is published: averaged weights, the scheduler of the same betas, class names."""
+        names = self.condition.class_names
+        with self.ema.swapped_into(self.model):
+            self.model.eval()
+            yield FreqGateDiTPipeline(
+                self.model,
+                EulerDiscreteScheduler.from_config(self.sampling_scheduler.config),
+                vae=self.vae,
+                text_encoder=self.condition.text_encoder,
+                tokenizer=self.condition.tokenizer,
+                id2label=dict(enumerate(names)),
+                class_dropout_prob=None if self.condition.is_none else self.config.objective.class_dropout_prob,
+            )
+            self.model.train()
+
+    def preview(self):
+        """A grid of samples, always of the same labels and seeds."""
+        if not self.is_main:
+            return
+        sampling = self.config.sampling
+        count, classes = sampling.num_previews, max(1, len(self.condition.class_names))
+        labels = [index * classes // count if classes > count else index % classes for index in range(count)]
+        with self.ema_pipeline() as pipeline:
+            pipeline.set_progress_bar_config(disable=True)
+            images = pipeline(
+                **self.condition.pipeline_arguments(labels),
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale if pipeline.has_null_condition else 1.0,
+                seed=0,
+            ).images
+        columns = math.ceil(math.sqrt(count))
+        rows = math.ceil(count / columns)
+        side = max(64, images[0].width)
+        images += [images[0].copy().point(lambda _: 255)] * (rows * columns - count)
+        grid = make_image_grid([image.resize((side, side), resample=0) for image in images], rows, columns)
+        folder = self.output_dir / "previews"
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / f"step_{self.step:08d}.png")
+
+    def save(self):
+        """A checkpoint that `--resume` continues from."""
+        if self.is_main:
+            Checkpoint(
+                tensors={
+                    "model": self.model.state_dict(),
+                    "ema": self.ema.tensors(),
+                    "optimizer": optimizer_tensors(self.optimizer, self.model),
+                },
+                state={
+                    "step": self.step,
+                    "ema_updates": self.ema.optimization_step,
+                    "config": self.config.to_dict(),
+                },
+            ).save(self.output_dir / "checkpoints", self.config.train.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self):
+        """The pipeline folder with averaged weights, and the curves."""
+        if self.is_main:
+            folder = self.output_dir / "pipeline"
+            with self.ema_pipeline() as pipeline:
+                pipeline.save_pretrained(folder)
+            self.config.save(folder / "training_config.yaml")
+            plots.loss_curves(self.metrics.series()).savefig(self.output_dir / "loss.png")
+            self.print(
+                f"\npipeline  {folder}\ncurves    {self.output_dir / 'loss.png'}"
+                f"\npreviews  {self.output_dir / 'previews'}"
+                f"\n\n  from freqgate_dit import FreqGateDiTPipeline\n"
+                f'  pipe = FreqGateDiTPipeline.from_pretrained("{folder}")'
+            )
+        self.accelerator.end_training()
+
+
+def main(arguments: list[str] | None = None):
+    try:
+        config = parse_config(arguments, description=__doc__.splitlines()[0])
+        trainer = Trainer(config)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if config.train.dry_run:
+        trainer.print(f"\n{config.to_yaml()}\ndry run: nothing was trained or written")
+        return
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
