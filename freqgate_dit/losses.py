@@ -92,7 +92,8 @@ def min_snr_weight(snr: torch.Tensor, gamma: float, prediction_type: str) -> tor
     """
     clipped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
-        return clipped / snr
+        # Not clipped / snr, which is 0 / 0 at an SNR of 0 (a schedule rescaled to zero terminal SNR).
+        return (gamma / snr).clamp(max=1)
     if prediction_type == "v_prediction":
         return clipped / (snr + 1)
     return clipped

@@ -40,7 +40,7 @@ def loss_curves(series: dict[str, list[tuple[int, float]]]):
     for index, name in enumerate(quarters):
         low, high = index / len(quarters), (index + 1) / len(quarters)
         right.plot(*zip(*series[name], strict=True), label=f"t/T in [{low:g}, {high:g})", color=PALETTE[index], lw=1.5)
-    right.set(xlabel="optimiser step", yscale="log", title="Held-out loss by noise level (averaged weights)")
+    right.set(xlabel="optimiser step", yscale="log", title="Held-out, averaged weights, by timestep")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -342,7 +342,7 @@ class Recorder:
 
     def add(self, kind: str, block: int, value: torch.Tensor):
         size = value.numel() * value.element_size()
-        if self._bytes + size > self.max_bytes:
+        if self.truncated or self._bytes + size > self.max_bytes:
             if not self.truncated:
                 logger.warning(
                     f"inspect() stops recording at `max_bytes` ({self.max_bytes}); record less or raise it."
@@ -375,6 +375,10 @@ class _AttentionMapProcessor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
+
+
+# What diffusers' `FeedForward` knows; on any other name it fails with an UnboundLocalError.
+ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 
 
 class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -497,17 +501,20 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 raise ValueError(
                     f"`{name}` ({config[name]}) does not apply to {type(self).__name__}: leave it at {default}."
                 )
+        for name in ("num_classes", "pooled_projection_dim", "modulation_rank"):
+            if config[name] is not None and config[name] < 1:
+                raise ValueError(f"`{name}` ({config[name]}) must be at least 1, or None to do without.")
         if config.num_classes and config.pooled_projection_dim:
             raise ValueError(
                 f"`num_classes` ({config.num_classes}) and `pooled_projection_dim` ({config.pooled_projection_dim}) "
                 "are two kinds of condition: give one of them, or neither for an unconditional model."
             )
-        if config.num_classes is not None and config.num_classes < 1:
-            raise ValueError(f"`num_classes` ({config.num_classes}) must be at least 1, or None if unconditional.")
         if config.num_condition_tokens not in (1, 2):
             raise ValueError(
                 f"`num_condition_tokens` ({config.num_condition_tokens}) must be 2 (time, condition) or 1 (their sum)."
             )
+        if config.activation_fn not in ACTIVATIONS:
+            raise ValueError(f"`activation_fn` ({config.activation_fn!r}) must be one of {ACTIVATIONS}.")
         if config.attention_head_dim % 4:
             raise ValueError(
                 f"`attention_head_dim` ({config.attention_head_dim}) must be a multiple of 4: positions are sines and "
@@ -570,6 +577,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                     f"[0, {self.config.num_classes}] ({self.config.num_classes} is the null condition), and no "
                     "`pooled_projections`."
                 )
+            self._check_shape("class_labels", class_labels, temb.shape[:1])
             return self.class_embed(class_labels).to(temb.dtype)
         if self.text_embed is not None:
             if pooled_projections is None or class_labels is not None:
@@ -577,10 +585,19 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                     "this model is conditioned on pooled text: pass `pooled_projections` of shape "
                     f"(batch, {self.config.pooled_projection_dim}), and no `class_labels`."
                 )
+            self._check_shape(
+                "pooled_projections", pooled_projections, (temb.shape[0], self.config.pooled_projection_dim)
+            )
             return self.text_embed(pooled_projections.to(temb.dtype))
         if class_labels is not None or pooled_projections is not None:
             raise ValueError("this model is unconditional: pass neither `class_labels` nor `pooled_projections`.")
         return torch.zeros_like(temb)
+
+    @staticmethod
+    def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
+        # A wrong batch size would broadcast in some variants, and fail far from its cause in others.
+        if tensor.shape != shape:
+            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
 
     def append_condition(self, tokens: torch.Tensor, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """The token sequence that enters the blocks: by default the image's tokens `(B, N, D)` alone."""

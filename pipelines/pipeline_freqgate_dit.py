@@ -7,8 +7,8 @@ every model repository.
 
 import difflib
 import inspect
-import random
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -20,6 +20,20 @@ from transformers import PreTrainedModel
 
 
 SOURCE_GUIDANCE_SCALE = 2.5
+
+
+@contextmanager
+def _upcast(vae: ModelMixin):
+    """A float16 autoencoder that is known to overflow (`force_upcast`) computes in float32 and is put back."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype)
 
 
 def encode_to_latent_moments(vae: ModelMixin, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -34,7 +48,8 @@ def encode_to_latent_moments(vae: ModelMixin, images: torch.Tensor) -> tuple[tor
     Returns:
         mean `(B, C, h, w)` float32; standard deviation of the same shape, `None` for a deterministic autoencoder.
     """
-    encoded = vae.encode(images.to(vae.dtype))
+    with _upcast(vae):
+        encoded = vae.encode(images.to(vae.dtype))
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
     if hasattr(encoded, "latent_dist"):
         return (encoded.latent_dist.mean.float() - shift) * scale, encoded.latent_dist.std.float() * scale
@@ -42,19 +57,10 @@ def encode_to_latent_moments(vae: ModelMixin, images: torch.Tensor) -> tuple[tor
 
 
 def decode_from_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Inverse of `encode_to_latent_moments`: scaled latents `(B, C, h, w)` to images `(B, 3, H, W)` in about [-1, 1].
-
-    A float16 autoencoder that is known to overflow (`force_upcast`) decodes in float32 and is put back.
-    """
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
+    """Images `(B, 3, H, W)` in about [-1, 1] of scaled latents `(B, C, h, w)`: inverts `encode_to_latent_moments`."""
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-    images = vae.decode((latents / scale + shift).to(vae.dtype)).sample.float()
-    if upcast:
-        vae.to(dtype)
-    return images
+    with _upcast(vae):
+        return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float()
 
 
 @torch.no_grad()
@@ -110,15 +116,19 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         class_dropout_prob: float | None = None,
     ):
         super().__init__()
+        # `OtherScheduler.from_config` drops what is marked as a default and takes its own (Heun: other betas; DDIM and
+        # DDPM: x0 clipped to [-1, 1]). Swapping must keep this noise schedule, so every value counts as given.
+        scheduler.register_to_config(_use_default_values=[], clip_sample=scheduler.config.get("clip_sample", False))
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(
-            # JSON turns integer keys into strings.
-            id2label={int(key): label for key, label in (id2label or {}).items()},
+            # JSON turns integer keys into strings, and diffusers sorts those ("10" before "2").
+            id2label=dict(sorted((int(key), label) for key, label in (id2label or {}).items())),
             prediction_type=prediction_type or scheduler.config.get("prediction_type"),
             class_dropout_prob=class_dropout_prob,
         )
+        self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -151,10 +161,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an unknown name or an id out of range; names what exists, and what is nearest.
         """
-        if isinstance(labels, torch.Tensor):
+        if hasattr(labels, "tolist"):  # tensor, array, NumPy scalar
             labels = labels.tolist()
-        if isinstance(labels, (str, int)):
+        if isinstance(labels, (str, int, float)):
             labels = [labels]
+        labels = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
         ids = {name: index for index, name in self.id2label.items()}
         return [self._get_label_id(label, ids) for label in labels]
 
@@ -182,6 +193,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         class_labels,
         prompt,
         pooled_prompt_embeds,
+        num_images_per_label: int,
+        num_inference_steps: int,
         height: int,
         width: int,
         guidance_scale: float | None,
@@ -204,12 +217,25 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             known = list(self.id2label.values()) or f"ids from 0 to {self.num_classes - 1}"
             raise ValueError(f"`class_labels` is missing; this model knows: {known}.")
         if self.is_text_conditional and (not given or "class_labels" in given):
+            got = f"got `class_labels` ({class_labels!r})" if given else "got no condition"
             raise ValueError(
-                f"this model is conditioned on text and got `class_labels` ({class_labels!r}): pass `prompt` (or "
-                "`pooled_prompt_embeds`)."
+                f"this model is conditioned on text and {got}: pass `prompt` (or `pooled_prompt_embeds`)."
             )
         if self.num_classes is None and not self.is_text_conditional and given:
             raise ValueError(f"`{given[0]}` was given, but this model is unconditional: leave it out.")
+        if pooled_prompt_embeds is not None:
+            dim = self.transformer.config.pooled_projection_dim
+            if pooled_prompt_embeds.ndim != 2 or pooled_prompt_embeds.shape[1] != dim:
+                raise ValueError(
+                    f"`pooled_prompt_embeds` has shape {tuple(pooled_prompt_embeds.shape)}; expected (prompts, {dim})."
+                )
+        for name, values in {"class_labels": class_labels, "prompt": prompt}.items():
+            if isinstance(values, (list, tuple)) and not values:
+                raise ValueError(f"`{name}` is empty: give at least one.")
+        counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"`{name}` ({count}) must be at least 1.")
 
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         if height % multiple or width % multiple or height <= 0 or width <= 0:
@@ -223,6 +249,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         if guider is not None and guidance_scale is not None:
             raise ValueError(
                 f"`guider` and `guidance_scale` ({guidance_scale}) were both given: the guider has its own scale."
+            )
+        if guider is not None and tuple(guidance_interval) != (0, 1):
+            raise ValueError(
+                f"`guider` and `guidance_interval` ({guidance_interval}) were both given: the guider has its own "
+                "`start` and `stop`."
             )
         guided = guider is not None or (guidance_scale is not None and guidance_scale != 1)
         if guided and not self.has_null_condition:
@@ -241,11 +272,29 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             )
 
         prediction_type = self.scheduler.config.get("prediction_type")
+        if prediction_type is None or self.scheduler.config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"the scheduler ({type(self.scheduler).__name__}) is for flow matching or the like, but the "
+                "transformer was trained on variance-preserving noise: use `EulerDiscreteScheduler` or one of its "
+                "family (`DPMSolverMultistepScheduler`, `HeunDiscreteScheduler`, `UniPCMultistepScheduler`, "
+                "`DDIMScheduler`)."
+            )
         if prediction_type != self.config.prediction_type:
             raise ValueError(
                 f"the scheduler's `prediction_type` is {prediction_type!r}, but the transformer predicts "
                 f"{self.config.prediction_type!r}: build it with `{type(self.scheduler).__name__}.from_config("
                 f"pipe.scheduler.config, prediction_type={self.config.prediction_type!r})`."
+            )
+        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
+        if self._alphas_cumprod is not None and not (
+            alphas_cumprod is not None
+            and alphas_cumprod.shape == self._alphas_cumprod.shape
+            and torch.allclose(alphas_cumprod.cpu(), self._alphas_cumprod.cpu())
+        ):
+            raise ValueError(
+                f"the scheduler ({type(self.scheduler).__name__}) has other betas than the one this pipeline was made "
+                "with, so the transformer would see noise levels under wrong timesteps: build it with "
+                f"`{type(self.scheduler).__name__}.from_config(...)` from the config of the pipeline's own scheduler."
             )
         if seed is not None and generator is not None:
             raise ValueError(f"`seed` ({seed}) and `generator` were both given: give only one of them.")
@@ -279,20 +328,39 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             return "pooled_projections", pooled_prompt_embeds.to(device), negative_pooled_prompt_embeds
         return None, None, None
 
+    def prepare_generators(
+        self,
+        batch_size: int,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Generator | list[torch.Generator]:
+        """The source of all noise of a call: `generator`, or for image i one of its own on the CPU, of seed s + i.
+
+        Without either, the seed comes from torch's global generator, so that `torch.manual_seed` is obeyed.
+        """
+        if generator is not None:
+            if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+                raise ValueError(f"`generator` has {len(generator)} generators for {batch_size} images: one each.")
+            return list(generator) if isinstance(generator, (list, tuple)) else generator
+        if seed is None:
+            seed = torch.randint(2**48, ()).item()
+        if hasattr(seed, "tolist"):  # NumPy scalar, array, tensor
+            seed = seed.tolist()
+        seeds = [seed + index for index in range(batch_size)] if isinstance(seed, int) else [int(one) for one in seed]
+        if len(seeds) != batch_size:
+            raise ValueError(f"`seed` has {len(seeds)} seeds for {batch_size} images: give one each, or one int.")
+        return [torch.Generator("cpu").manual_seed(one) for one in seeds]
+
     def prepare_latents(
         self,
         batch_size: int,
         height: int,
         width: int,
         device,
-        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Unit noise `(B, C, h, w)` in float32 times the scheduler's `init_noise_sigma`.
-
-        Image i of seed s has noise of its own, drawn on the CPU from seed s + i, whatever the batch.
-        """
+        """Unit noise `(B, C, h, w)` in float32, given or drawn, times the scheduler's `init_noise_sigma`."""
         shape = (
             batch_size,
             self.transformer.config.in_channels,
@@ -307,17 +375,6 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 )
             latents = latents.to(device, torch.float32)
         else:
-            if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-                raise ValueError(f"`generator` has {len(generator)} generators for {batch_size} images: one each.")
-            if generator is None:
-                if seed is None:
-                    seed = random.getrandbits(48)
-                seeds = [seed + index for index in range(batch_size)] if isinstance(seed, int) else list(seed)
-                if len(seeds) != batch_size:
-                    raise ValueError(
-                        f"`seed` has {len(seeds)} seeds for {batch_size} images: give one each, or one int."
-                    )
-                generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
         return latents * self.scheduler.init_noise_sigma
 
@@ -403,11 +460,14 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """
         # 1. Check and default
         sample_size = self.transformer.config.sample_size * self.vae_scale_factor
-        height, width = height or sample_size, width or sample_size
+        height = sample_size if height is None else height
+        width = sample_size if width is None else width
         self.check_inputs(
             class_labels,
             prompt,
             pooled_prompt_embeds,
+            num_images_per_label,
+            num_inference_steps,
             height,
             width,
             guidance_scale,
@@ -440,10 +500,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
         # 3. Timesteps and noise
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self.prepare_latents(batch_size, height, width, device, seed, generator, latents)
-        step_kwargs = {}
-        if generator is not None and "generator" in inspect.signature(self.scheduler.step).parameters:
-            step_kwargs["generator"] = generator
+        generator = self.prepare_generators(batch_size, seed, generator)
+        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
+        # Stochastic schedulers draw from the same source at every step.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
 
         # 4. Denoise
         timesteps = self.scheduler.timesteps

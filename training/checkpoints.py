@@ -33,7 +33,7 @@ class Checkpoint:
     state: dict
 
     def save(self, folder: Path, keep: int) -> Path:
-        """Write into `folder` and delete all but the newest `keep` complete checkpoints."""
+        """Write into `folder`; of the complete checkpoints keep this one and the `keep - 1` before it."""
         target = folder / f"step_{self.state['step']:08d}"
         temporary = folder / f"{target.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -51,7 +51,10 @@ class Checkpoint:
                 os.fsync(file.fileno())
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        for old in complete_checkpoints(folder)[:-keep]:
+        complete = complete_checkpoints(folder)
+        newest = complete.index(target)
+        # What lies beyond this step was left behind when the run was resumed from an earlier one.
+        for old in complete[: max(0, newest + 1 - keep)] + complete[newest + 1 :]:
             shutil.rmtree(old)
         return target
 
@@ -62,7 +65,11 @@ def why_incomplete(folder: Path) -> str | None:
         return "is not a folder"
     if not (folder / MANIFEST).is_file():
         return f"has no {MANIFEST}: it was not written to the end"
-    for name, entry in json.loads((folder / MANIFEST).read_text()).items():
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return f"has a damaged {MANIFEST}"
+    for name, entry in manifest.items():
         path = folder / name
         if not path.is_file():
             return f"lacks {name}"

@@ -81,6 +81,6 @@ def load_condition(config: ConditionConfig, class_names: tuple[str, ...], device
         raise ValueError(
             f"`text_encoder` ({config.text_encoder!r}) or `tokenizer` ({config.tokenizer!r}) cannot be loaded: {error}"
         ) from error
-    prompts = tuple(config.prompt_template.format(label=name) for name in class_names)
+    prompts = tuple(config.prompt_template.replace("{label}", name) for name in class_names)
     table = encode_pooled_text(tokenizer, text_encoder, [*prompts, ""]).float().to(device)
     return Condition(class_names, prompts, table, text_encoder, tokenizer)

@@ -16,7 +16,10 @@ from transformers import HfArgumentParser
 
 from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
 from freqgate_dit.training.data import DataConfig
-from freqgate_dit.transformer_freqgate_dit import VARIANTS
+from freqgate_dit.transformer_freqgate_dit import ACTIVATIONS, VARIANTS
+
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def knob(default, help: str):
@@ -45,8 +48,9 @@ class ModelConfig:
     attention_head_dim: int = knob(64, "Channels of a head.")
     patch_size: int = knob(2, "Side of a patch, in latents or pixels.")
     mlp_ratio: float = knob(4.0, "Hidden width of the MLP over the model's width.")
-    activation_fn: str = knob("gelu-approximate", "Of the MLP: gelu-approximate, linear-silu, swiglu, ...")
+    activation_fn: str = knob("gelu-approximate", f"Of the MLP: {', '.join(ACTIVATIONS)}.")
     norm_elementwise_affine: bool = knob(False, "Learned scale and shift in the LayerNorms.")
+    norm_eps: float = knob(1e-6, "Epsilon of the LayerNorms.")
     output_modulation: bool | None = knob(None, "Final adaLN; by default on for adaLN-type variants only.")
     modulation_rank: int | None = knob(None, "Rank of the modulation, adaLN-type variants; full if unset.")
     num_condition_tokens: int = knob(2, "Memory of cross-attention: 2 (time, condition) or 1 (their sum).")
@@ -56,6 +60,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)
+        check_choice("activation_fn", self.activation_fn, ACTIVATIONS)
         check_range(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", least=1)
 
     def build(self, in_channels: int, sample_size: int, condition_arguments: dict):
@@ -98,7 +103,7 @@ class ObjectiveConfig:
 
     prediction_type: str = knob("epsilon", f"What the network predicts: {', '.join(PREDICTION_TYPES)}.")
     num_train_timesteps: int = knob(1000, "Steps of the noise schedule.")
-    beta_schedule: str = knob("linear", "linear, scaled_linear or squaredcos_cap_v2.")
+    beta_schedule: str = knob("linear", f"{', '.join(BETA_SCHEDULES)}.")
     beta_start: float = knob(1e-4, "First beta.")
     beta_end: float = knob(0.02, "Last beta.")
     timestep_sampling: str = knob("uniform", f"Distribution of training timesteps: {', '.join(TIMESTEP_SAMPLING)}.")
@@ -112,6 +117,8 @@ class ObjectiveConfig:
     def __post_init__(self):
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
+        check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_range(self, "num_train_timesteps", least=1)
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"`class_dropout_prob` ({self.class_dropout_prob}) must be in [0, 1).")
 
@@ -148,6 +155,7 @@ class TrainConfig:
     max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.")
     ema_decay: float = knob(0.9999, "Decay of the weight average; warms up as (1 + n) / (10 + n).")
     mixed_precision: str = knob("auto", "bf16 (autocast over float32 weights), no, or auto: bf16 where it is fast.")
+    cpu_threads: int | None = knob(None, "CPU threads per process; by default the cores, shared by the processes.")
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass to save memory.")
     compile: bool = knob(False, "torch.compile the repeated blocks.")
     log_every: int = knob(50, "Steps between log lines.")
@@ -179,6 +187,7 @@ class TrainConfig:
             "save_every",
             "keep_checkpoints",
             "num_validation_images",
+            "cpu_threads",
             least=1,
         )
         check_range(self, "warmup_steps", "learning_rate", "weight_decay", least=0)
@@ -186,8 +195,9 @@ class TrainConfig:
             raise ValueError(
                 f"`max_grad_norm` ({self.max_grad_norm}) must be positive; use a large one for no clipping."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` ({self.ema_decay}) must be in [0, 1).")
+        for name in ("adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, 1).")
 
 
 SECTIONS = {
@@ -241,7 +251,7 @@ def check_known(names, where: str):
     known = field_types()
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
+            near = difflib.get_close_matches(str(name), known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`--help` lists all of them."
             raise ValueError(f"unknown configuration key {name!r} in {where}: {hint}")
 
@@ -260,14 +270,18 @@ def convert(name: str, value, where: str):
             pass
     if isinstance(value, target) and not (target is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"`{name}` in {where} is {value!r}; expected {target.__name__}.")
+    hint = " (YAML reads no, yes, on and off as booleans: put them in quotes)" if isinstance(value, bool) else ""
+    raise ValueError(f"`{name}` in {where} is {value!r}; expected {target.__name__}{hint}.")
 
 
 def load_yaml(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`--config` ({path}) is not a file; presets lie in training/configs/.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--config` ({path}) is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"`--config` ({path}) must hold `name: value` lines, but holds a {type(values).__name__}.")
     check_known(values, str(path))
@@ -280,12 +294,18 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
     Raises:
         ValueError: for an unknown key or a value out of range; names the key and what to do.
     """
-    parser = HfArgumentParser(list(SECTIONS.values()), description=description, allow_abbrev=False)
+    # A short usage line: argparse prints it before every error.
+    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
+    parser = HfArgumentParser(list(SECTIONS.values()), usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of these options; the command line overrides it.")
     arguments = sys.argv[1:] if arguments is None else arguments
-    config_path = parser.parse_known_args(arguments)[0].config
-    if config_path:
-        parser.set_defaults(**load_yaml(config_path))
+    given = parser.parse_known_args(arguments)[0]
+    if given.config:
+        defaults = load_yaml(given.config)
+        if given.max_steps is not None or given.num_epochs is not None:
+            # Two spellings of one thing: the command line's replaces the file's.
+            defaults = {name: value for name, value in defaults.items() if name not in ("max_steps", "num_epochs")}
+        parser.set_defaults(**defaults)
     namespace, unknown = parser.parse_known_args(arguments)
     check_known(
         [flag.lstrip("-").split("=")[0].replace("-", "_") for flag in unknown if flag[:2] == "--"], "the command line"

@@ -7,7 +7,6 @@ applied), shorter side resized to `resolution` with Lanczos, centre crop. Which 
 and names alone, never on the order in which they were found.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -19,8 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from itertools import groupby
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,10 +26,18 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from freqgate_dit.shapes_textures import ShapesTextures
+from freqgate_dit.training.image_sources import (
+    Item,
+    Reader,
+    is_snapshot,
+    open_hub,
+    open_parquet,
+    scan_folder,
+    scan_table,
+)
 
 
 BUILT_IN = "shapes_textures"
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "eval")
 MAX_UNREADABLE = 0.01
 # Part of every fingerprint: change it whenever the same files would give other pixels.
@@ -45,6 +51,8 @@ class DataConfig:
     Raises:
         ValueError: if a number is out of range.
     """
+
+    _argument_group_name = "data"
 
     dataset: str = field(
         default=BUILT_IN,
@@ -169,15 +177,10 @@ def load_images(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
     if kind == "built-in":
         return _built_in(config)
     if kind == "folder":
-        root = Path(config.dataset).expanduser()
-        class_names, items = _scan_folder(root)
-        read = partial(_read_file, root)
+        class_names, items, read = scan_folder(Path(config.dataset).expanduser())
     else:
-        rows = _open_parquet(config) if kind == "parquet" else _open_hub(config)
-        image_column, label_column = _image_column(rows, config), _label_column(rows, config)
-        images = _encoded(rows, image_column)
-        class_names, items = _scan_rows(rows, images, image_column, label_column)
-        read = partial(_read_row, images, image_column)
+        rows = open_parquet(config) if kind == "parquet" else open_hub(config)
+        class_names, items, read = scan_table(rows, config)
     _refuse_split_names(class_names, config.dataset)
     items = _readable(items, read, config.dataset)
     class_names, items = _drop_empty_classes(class_names, items)
@@ -229,29 +232,7 @@ def decode_image(data: bytes, resolution: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
-_Reader = Callable[[str | int], bytes]
-
-
-class _Item(NamedTuple):
-    name: str  # sort key of the held-out rule, shown to the user
-    label: int  # -1: unconditional
-    key: str | int  # what the reader takes: relative path or row number
-    digest: str = ""  # of the encoded bytes
-
-
-# Module functions with `partial`, not closures, so that a LabelledImages can be sent to a spawned worker process.
-def _read_file(root: Path, key: str) -> bytes:
-    return (root / key).read_bytes()
-
-
-def _read_row(images, column: str, key: int) -> bytes:
-    image = images[key][column]
-    if image is None:
-        raise ValueError("the image is null")
-    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
-
-def _decode_items(items: list[_Item], read: _Reader, resolution: int, indices: list[int]) -> torch.Tensor:
+def _decode_items(items: list[Item], read: Reader, resolution: int, indices: list[int]) -> torch.Tensor:
     # Filled through NumPy: torch's own threads, started inside ours, made this ten times slower on a busy machine.
     batch = np.empty((len(indices), 3, resolution, resolution), dtype=np.uint8)
 
@@ -277,7 +258,7 @@ def _kind(dataset: str) -> str:
         return "built-in"
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return "hub" if _is_snapshot(path) else "folder"
+        return "hub" if is_snapshot(path) else "folder"
     if dataset.endswith(".parquet") or any(character in dataset for character in "*?["):
         return "parquet"
     if path.exists():
@@ -288,12 +269,6 @@ def _kind(dataset: str) -> str:
         f"dataset={dataset!r} was not found: there is no such folder (current directory: {os.getcwd()}), it does not "
         f"end in .parquet, and it is not a Hub id like 'user/name'. The built-in set is {BUILT_IN!r}."
     )
-
-
-def _is_snapshot(path: Path) -> bool:
-    """Whether a folder is a downloaded Hub data set: parquet files where the Hub keeps them, and no image file."""
-    names = (name for _, _, files in os.walk(path) for name in files)
-    return any([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) and not any(map(_is_image_name, names))
 
 
 def _refuse_unused_options(config: DataConfig, kind: str) -> None:
@@ -326,159 +301,6 @@ def _built_in(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
     return tuple(parts)
 
 
-def _scan_folder(root: Path) -> tuple[tuple[str, ...], list[_Item]]:
-    """Classes are the subfolders that hold files; nothing else of the folder structure carries meaning."""
-    entries = [entry for entry in sorted(os.listdir(root)) if not entry.startswith(".")]
-    loose = [entry for entry in entries if _is_image_name(entry) and (root / entry).is_file()]
-    folders = [entry for entry in entries if (root / entry).is_dir()]
-    nested = {folder: _image_files(root, folder) for folder in folders}
-    if not loose and not any(nested.values()):
-        raise ValueError(f"dataset={str(root)!r} holds no image; looked for {', '.join(EXTENSIONS)}.")
-    if loose and any(nested.values()):
-        with_images = [folder for folder in folders if nested[folder]]
-        raise ValueError(
-            f"dataset={str(root)!r} mixes {len(loose)} loose images (such as {loose[0]!r}) with {len(with_images)} "
-            f"subfolders of images (such as {with_images[0]!r}). Move the loose images into a class folder, or "
-            "elsewhere; for an unconditional set put all images directly into one folder."
-        )
-    if loose:
-        return (), [_Item(name, -1, name) for name in loose]
-    return tuple(folders), [_Item(name, label, name) for label, f in enumerate(folders) for name in nested[f]]
-
-
-def _image_files(root: Path, folder: str) -> list[str]:
-    """Image files that are not hidden, below `root / folder` at any depth, relative to `root`."""
-    found, seen = [], set()
-    for directory, subfolders, files in os.walk(root / folder, followlinks=True):
-        real = os.path.realpath(directory)
-        # Class folders are often links, and links can form circles.
-        subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
-        if real not in seen:
-            relative = Path(directory).relative_to(root)
-            found += [(relative / name).as_posix() for name in files if _is_image_name(name)]
-        seen.add(real)
-    return found
-
-
-def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
-
-
-def _import_datasets(dataset: str):
-    # Imported on use: it takes a second, and image folders do without it.
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"dataset={dataset!r} needs `datasets`: pip install 'freqgate_dit[train]'.") from error
-    return datasets
-
-
-def _open_parquet(config: DataConfig):
-    files = sorted(glob.glob(os.path.expanduser(config.dataset), recursive=True))
-    files = [name for name in files if name.endswith(".parquet") and os.path.isfile(name)]
-    if not files:
-        raise ValueError(f"dataset={config.dataset!r} matches no .parquet file (current directory: {os.getcwd()}).")
-    datasets = _import_datasets(config.dataset)
-    try:
-        return datasets.load_dataset("parquet", data_files=[glob.escape(name) for name in files], split="train")
-    except Exception as error:  # pyarrow, fsspec and datasets each have their own
-        raise ValueError(f"dataset={config.dataset!r} cannot be read as parquet: {error}") from error
-
-
-def _open_hub(config: DataConfig):
-    datasets = _import_datasets(config.dataset)
-    name = os.path.expanduser(config.dataset)
-    try:
-        return datasets.load_dataset(name, split=config.dataset_split, revision=config.dataset_revision)
-    except Exception as error:  # network, missing, gated, unknown split: many libraries' own errors
-        raise ValueError(
-            f"dataset={config.dataset!r} is neither a folder of images nor .parquet files, and it could not be loaded "
-            f"as a Hub data set (dataset_split={config.dataset_split!r}, "
-            f"dataset_revision={config.dataset_revision!r}): "
-            f"{type(error).__name__}: {error}. Check the spelling, the connection and, for a private or gated set, "
-            "`hf auth login`."
-        ) from error
-
-
-def _image_column(rows, config: DataConfig) -> str:
-    # Files not written by `datasets` have its storage type, {bytes, path}, without the feature's name.
-    found = [
-        name
-        for name, feature in rows.features.items()
-        if type(feature).__name__ == "Image" or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-    ]
-    column = _choose_column(rows, config, "image_column", found)
-    if column is None:
-        raise ValueError(
-            f"dataset={config.dataset!r} has no image column among {rows.column_names}: pass image_column."
-        )
-    return column
-
-
-def _label_column(rows, config: DataConfig) -> str | None:
-    typed = [name for name, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
-    named = [name for name in ("label", "labels", "class") if name in rows.features]
-    return _choose_column(rows, config, "label_column", typed or named)
-
-
-def _choose_column(rows, config: DataConfig, option: str, found: list[str]) -> str | None:
-    name = getattr(config, option)
-    if name is not None and name not in rows.features:
-        raise ValueError(f"{option}={name!r} is not a column of the data set; its columns are {rows.column_names}.")
-    if name is None and len(found) > 1:
-        raise ValueError(f"{option}=None, but dataset={config.dataset!r} has several: pass one of {found}.")
-    return name or (found[0] if found else None)
-
-
-def _encoded(rows, column: str):
-    """The one image column of `rows`, as {bytes, path}: this module decodes all images itself, and the same way."""
-    from datasets import Image as ImageFeature
-
-    try:
-        return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
-    except Exception as error:  # pyarrow and datasets each have their own cast errors
-        raise ValueError(
-            f"image_column={column!r} has the type {rows.features[column]}, not encoded images; the columns are "
-            f"{rows.column_names}."
-        ) from error
-
-
-def _scan_rows(rows, images, image_column: str, label_column: str | None) -> tuple[tuple[str, ...], list[_Item]]:
-    """Rows are named by the image's file name where one is stored, else by their zero-padded number."""
-    import pyarrow.compute as pc
-
-    names, width = [], len(str(len(rows)))
-    for batch in images.with_format("arrow").iter(1000):
-        for image in pc.struct_field(batch[image_column], "path").to_pylist():
-            # The last component only: a path on the machine that wrote the file means nothing here.
-            names.append(PurePosixPath((image or "").replace("\\", "/")).name or f"{len(names):0{width}d}")
-    if not names:
-        raise ValueError(f"the data set has no rows: {rows}.")
-    class_names, labels = ((), [-1] * len(names)) if label_column is None else _row_labels(rows, label_column)
-    return class_names, [_Item(name, label, row) for row, (name, label) in enumerate(zip(names, labels))]
-
-
-def _row_labels(rows, column: str) -> tuple[tuple[str, ...], list[int]]:
-    feature = rows.features[column]
-    values = list(rows.with_format(None)[column])
-    wrong = [row for row, value in enumerate(values) if not isinstance(value, (int, str))]
-    if wrong:
-        raise ValueError(
-            f"label_column={column!r} must hold integers or strings, but row {wrong[0]} has {values[wrong[0]]!r} "
-            f"({len(wrong)} such rows). Remove those rows or pass another label_column."
-        )
-    if type(feature).__name__ == "ClassLabel":
-        if min(values) < 0:
-            raise ValueError(
-                f"label_column={column!r} has {sum(value < 0 for value in values)} unlabelled rows (-1), the first is "
-                f"row {values.index(min(values))}. Pass a labelled split or file."
-            )
-        return tuple(feature.names), values
-    distinct = sorted(set(values))
-    index = {value: label for label, value in enumerate(distinct)}
-    return tuple(str(value) for value in distinct), [index[value] for value in values]
-
-
 def _refuse_split_names(class_names: tuple[str, ...], dataset: str) -> None:
     splits = [name for name in class_names if name.lower() in SPLIT_NAMES]
     if splits:
@@ -488,10 +310,10 @@ def _refuse_split_names(class_names: tuple[str, ...], dataset: str) -> None:
         )
 
 
-def _readable(items: list[_Item], read: _Reader, dataset: str) -> list[_Item]:
+def _readable(items: list[Item], read: Reader, dataset: str) -> list[Item]:
     """Read every image once: fill in the digests and leave out, with a warning, what cannot be read."""
 
-    def inspect(item: _Item) -> tuple[_Item, str | None]:
+    def inspect(item: Item) -> tuple[Item, str | None]:
         try:
             data = read(item.key)
             _verify(data)
@@ -541,7 +363,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _drop_empty_classes(class_names: tuple[str, ...], items: list[_Item]) -> tuple[tuple[str, ...], list[_Item]]:
+def _drop_empty_classes(class_names: tuple[str, ...], items: list[Item]) -> tuple[tuple[str, ...], list[Item]]:
     used = sorted({item.label for item in items})
     if not class_names or len(used) == len(class_names):
         return class_names, items
@@ -551,7 +373,7 @@ def _drop_empty_classes(class_names: tuple[str, ...], items: list[_Item]) -> tup
     return tuple(class_names[label] for label in used), [item._replace(label=new[item.label]) for item in items]
 
 
-def _split(class_names: tuple[str, ...], items: list[_Item], config: DataConfig) -> tuple[list[_Item], list[_Item]]:
+def _split(class_names: tuple[str, ...], items: list[Item], config: DataConfig) -> tuple[list[Item], list[Item]]:
     """The source's rule: per class, sorted by name, the last ones are held out."""
     items = sorted(items, key=lambda item: (item.label, item.name, item.key))
     train, heldout = [], []
@@ -576,8 +398,8 @@ def _split(class_names: tuple[str, ...], items: list[_Item], config: DataConfig)
     return [item for group in train for item in group], [item for group in heldout for item in group]
 
 
-def _part(class_names: tuple[str, ...], items: list[_Item], read: _Reader, resolution: int) -> LabelledImages:
-    names, labels, _, digests = ([getattr(item, name) for item in items] for name in _Item._fields)
+def _part(class_names: tuple[str, ...], items: list[Item], read: Reader, resolution: int) -> LabelledImages:
+    names, labels, _, digests = ([getattr(item, name) for item in items] for name in Item._fields)
     fingerprint = _digest([TRANSFORM, resolution, class_names, names, labels, digests])
     labels = torch.tensor(labels, dtype=torch.int64) if class_names else None
     load = partial(_decode_items, items, read, resolution)

@@ -124,7 +124,7 @@ def load_or_encode(images: LabelledImages, vae, flip: bool, cache_dir: str | Pat
     folder = Path(cache_dir).expanduser() / key
     tensors_file, manifest_file = folder / "latents.safetensors", folder / "manifest.json"
 
-    if manifest_file.is_file():
+    if manifest_file.is_file() and tensors_file.is_file():
         manifest = json.loads(manifest_file.read_text())
         if manifest["identity"] == identity and tensors_file.stat().st_size == manifest["bytes"]:
             return CachedLatents(**{"std": None, "labels": None, **load_file(tensors_file)}).to(device)

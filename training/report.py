@@ -54,8 +54,9 @@ class Metrics:
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in lines))
+            # A last line without its end is what a killed run was writing.
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def add(self, step: int, values: dict[str, float]):
         with self.path.open("a") as file:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
@@ -40,6 +41,7 @@ from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import ObjectiveConfig, TrainConfig, TrainingRun, parse_config
 from freqgate_dit.training.data import describe, load_images
 from freqgate_dit.training.ema import NamedEMA
+from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
 from freqgate_dit.training.latents import load_or_encode, load_vae
 from freqgate_dit.training.report import Metrics, describe_cost
 from freqgate_dit.training.validation import Validation
@@ -73,26 +75,22 @@ def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDP
     return training, sampling
 
 
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device has bf16 matrix units: CUDA since Ampere, CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return False
-
-
 class Trainer:
     """A run: data, model, optimiser, average, and what is done with them at the steps where it is due."""
 
     def __init__(self, config: TrainingRun):
         self.config = config
         train = config.train
+        trackers = ("none", *(tracker.value for tracker in get_available_trackers()))
+        if train.report_to not in trackers:
+            # Accelerate leaves a tracker that is not installed out without a word.
+            raise ValueError(f"`report_to` ({train.report_to!r}) is not installed: choose from {trackers}.")
         self.accelerator = Accelerator(
             mixed_precision=self._mixed_precision(),
             log_with=None if train.report_to == "none" else train.report_to,
             project_dir=str(Path(train.output_dir) / "logs"),
         )
+        use_all_cores(train.cpu_threads)
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in supported:
             raise ValueError(
@@ -107,6 +105,11 @@ class Trainer:
         self.output_dir = Path(train.output_dir)
 
         images, heldout_images = load_images(config.data)
+        if not len(heldout_images):
+            raise ValueError(
+                "no image is held out, so there is nothing to validate on: set `heldout_fraction` (say 0.1) or "
+                "`heldout_per_class` above 0."
+            )
         self.print(describe(images, heldout_images))
         self.condition = load_condition(config.condition, images.class_names, self.device)
         self.vae = load_vae(config.latents)
@@ -227,15 +230,22 @@ class Trainer:
     def _resume(self):
         folder = find_checkpoint(self.config.train.resume, self.output_dir / "checkpoints")
         checkpoint = load_checkpoint(folder, self.device)
-        fixed = ("data", "model", "condition", "objective")
-        now = self.config.to_dict()
-        for section in fixed:
-            for name in vars(getattr(self.config, section)):
-                if checkpoint.state["config"].get(name) != now[name]:
-                    raise ValueError(
-                        f"`{name}` is {now[name]!r}, but the checkpoint {folder.name} was trained with "
-                        f"{checkpoint.state['config'].get(name)!r}: resume with the same value."
-                    )
+        sections = ("data", "model", "condition", "objective")
+        fixed = [name for section in sections for name in vars(getattr(self.config, section))]
+        now, then = self.config.to_dict(), checkpoint.state["config"]
+        for name in (*fixed, "vae", "vae_subfolder", "vae_revision", "seed"):
+            if then.get(name) != now[name]:
+                raise ValueError(
+                    f"`{name}` is {now[name]!r}, but the checkpoint {folder.name} was trained with "
+                    f"{then.get(name)!r}: resume with the same value."
+                )
+        # A step's place in the data is counted in global batches.
+        size = checkpoint.state["global_batch_size"]
+        if self.global_batch_size != size:
+            raise ValueError(
+                f"the global batch is {self.global_batch_size} images, but the checkpoint {folder.name} was trained "
+                f"with {size}: choose `per_device_batch_size` and `gradient_accumulation_steps` to match."
+            )
         self.model.load_state_dict(checkpoint.tensors["model"])
         self.ema.load(checkpoint.tensors["ema"], checkpoint.state["ema_updates"])
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
@@ -250,9 +260,9 @@ class Trainer:
             total=self.total_steps, initial=self.step, unit="step", disable=not self.is_main, smoothing=0.05
         )
         self.prepared_model.train()
-        terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
         if self.step == 0:
             self.validate()
+        terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
         while self.step < self.total_steps:
             # Dropout draws from the global generator; all else from (seed, step).
             torch.manual_seed(derived_seed(config.seed, DROPOUT, self.step, accelerator.process_index))
@@ -353,7 +363,7 @@ class Trainer:
         names = self.condition.class_names
         with self.ema.swapped_into(self.model):
             self.model.eval()
-            yield FreqGateDiTPipeline(
+            pipeline = FreqGateDiTPipeline(
                 self.model,
                 EulerDiscreteScheduler.from_config(self.sampling_scheduler.config),
                 vae=self.vae,
@@ -362,6 +372,8 @@ class Trainer:
                 id2label=dict(enumerate(names)),
                 class_dropout_prob=None if self.condition.is_none else self.config.objective.class_dropout_prob,
             )
+            # The autoencoder is still on the CPU if the latents came from the cache.
+            yield pipeline.to(self.device)
             self.model.train()
 
     def preview(self):
@@ -400,6 +412,7 @@ class Trainer:
                 state={
                     "step": self.step,
                     "ema_updates": self.ema.optimization_step,
+                    "global_batch_size": self.global_batch_size,
                     "config": self.config.to_dict(),
                 },
             ).save(self.output_dir / "checkpoints", self.config.train.keep_checkpoints)
@@ -419,6 +432,8 @@ class Trainer:
                 f"\n\n  from freqgate_dit import FreqGateDiTPipeline\n"
                 f'  pipe = FreqGateDiTPipeline.from_pretrained("{folder}")'
             )
+        # No process leaves the group while another still needs it.
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
 

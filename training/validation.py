@@ -32,7 +32,7 @@ class Validation:
         uniform = stratified_uniform(torch.rand(count, generator=generator), torch.arange(count), count)
         timesteps = sample_timesteps(uniform, scheduler.config.num_train_timesteps)
         samples, labels = data.draw(indices, torch.zeros(count, device=data.device), generator=None)
-        self.count = count
+        self.device = data.device
         self.batches = [
             (
                 samples[start : start + batch_size],
@@ -47,7 +47,7 @@ class Validation:
     def __call__(self, denoise: Callable) -> torch.Tensor:
         """Sums over this process's images: `(1 + NUM_BINS, 2)`, squared error and count, over all timesteps and per
         quarter of the schedule. `denoise(noisy, timesteps, labels) -> prediction`."""
-        total = torch.zeros(1 + self.NUM_BINS, 2, device=self.batches[0][0].device if self.batches else None)
+        total = torch.zeros(1 + self.NUM_BINS, 2, device=self.device)
         num_timesteps = self.scheduler.config.num_train_timesteps
         for sample, labels, noise, timesteps in self.batches:
             noisy = self.scheduler.add_noise(sample, noise, timesteps)

@@ -1,0 +1,77 @@
+"""Parameters and FLOPs of every variant at the source experiment's size, beside the source's own counts.
+
+    python benchmarks/parameters.py --out results/parameters.json
+
+Nothing is computed: models are built on the meta device.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from freqgate_dit import VARIANTS
+from freqgate_dit.training.report import count_parameters, flops_per_forward
+
+
+# Hidden 512, 8 heads, patch 2, 4 x 16 x 16 latents, text embedding of 256: the constructor's defaults and these.
+SOURCE = {
+    "pooled_projection_dim": 256,
+    "activation_fn": "linear-silu",
+    "norm_elementwise_affine": True,
+    "norm_eps": 1e-5,
+    "output_modulation": False,
+}
+ROWS = (
+    # variant, blocks, further arguments, million parameters printed by the source
+    ("in_context", 12, {}, None),
+    ("cross_attention", 12, {"num_condition_tokens": 1}, None),
+    ("adaln_zero", 12, {}, None),
+    ("adaln_zero", 14, {}, 68.58),
+    ("freq_gate", 12, {}, 68.32),
+)
+# The source projects the text embedding to the model's width in every block, this package once per model.
+PROJECTION = 256 * 512 + 512
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the table")
+    arguments = parser.parse_args()
+
+    rows = []
+    for variant, blocks, options, source in ROWS:
+        with torch.device("meta"):
+            model = VARIANTS[variant](num_layers=blocks, **SOURCE, **options)
+            default = VARIANTS[variant](num_layers=blocks, num_classes=3)
+        rows.append(
+            {
+                "variant": variant,
+                "blocks": blocks,
+                "parameters": count_parameters(model),
+                "parameters_with_projection_per_block": count_parameters(model) + blocks * PROJECTION,
+                "source_parameters_million": source,
+                "parameters_default_three_classes": count_parameters(default),
+                "gflops_forward": flops_per_forward(model) / 1e9,
+            }
+        )
+
+    print(
+        "| variant | blocks | parameters | + projection per block | source prints | GFLOPs | defaults, 3 classes |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        source = f"{row['source_parameters_million']} M" if row["source_parameters_million"] else "-"
+        print(
+            f"| {row['variant']} | {row['blocks']} | {row['parameters'] / 1e6:.2f} M "
+            f"| {row['parameters_with_projection_per_block'] / 1e6:.2f} M | {source} | {row['gflops_forward']:.2f} "
+            f"| {row['parameters_default_three_classes'] / 1e6:.2f} M |"
+        )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

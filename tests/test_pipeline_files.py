@@ -1,0 +1,123 @@
+import ast
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from components import (
+    LABELS,
+    TEXT_DIM,
+    VAES,
+    make_pipeline,
+    sample,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_transformer,
+)
+
+from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(variant, kind, folder):
+    conditional = {"num_classes": None, "pooled_projection_dim": TEXT_DIM} if kind == "text" else {}
+    transformer = tiny_transformer(variant, in_channels=3 if kind == "pixel" else 4, **conditional)
+    components = {"vae": VAES["kl" if kind == "text" else kind]()} if kind != "pixel" else {}
+    if kind == "text":
+        components |= {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer(folder / "vocabulary")}
+    return make_pipeline(transformer, **components)
+
+
+@pytest.mark.parametrize("kind", ["pixel", "kl", "tiny", "text"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_and_load(variant, kind, tmp_path, caplog):
+    pipe = build(variant, kind, tmp_path)
+    run = {"prompt" if kind == "text" else "class_labels": ["dog", "cat"], "output_type": "np", "seed": 0}
+    pipe.save_pretrained(tmp_path / "pipeline")
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    try:
+        loaded = FreqGateDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    # `AutoencoderTiny` of diffusers 0.42 complains about its own config.
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [message for message in messages if "AutoencoderTiny" not in message] == []
+    # What was loaded saves the same again (before a call: tokenizers keep the padding of their last one).
+    loaded.save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "pipeline").rglob("*.json"):
+        again = tmp_path / "again" / file.relative_to(tmp_path / "pipeline")
+        lines = [line for line in again.read_text().splitlines() if "_name_or_path" not in line]
+        assert lines == [line for line in file.read_text().splitlines() if "_name_or_path" not in line]
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.transformer) is VARIANTS[variant]
+    assert {name: part is None for name, part in loaded.components.items()} == {
+        name: part is None for name, part in pipe.components.items()
+    }
+    assert np.array_equal(loaded(num_inference_steps=2, **run).images, pipe(num_inference_steps=2, **run).images)
+    assert loaded.id2label == ({} if kind == "text" else LABELS)
+    for name in ("id2label", "prediction_type", "class_dropout_prob"):
+        assert loaded.config[name] == pipe.config[name]
+
+
+def test_load_in_bfloat16(tmp_path):
+    pipe = build("freq_gate", "kl", tmp_path)
+    pipe.save_pretrained(tmp_path)
+    loaded = FreqGateDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.transformer.dtype == loaded.vae.dtype == torch.bfloat16
+    exact, rounded = (sample(p, "cat", guidance_scale=1) for p in (pipe, loaded))
+    assert 0 < (exact - rounded).norm() / exact.norm() < 0.1
+    assert loaded("cat", num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_more_than_ten_labels_keep_their_order_and_ids(tmp_path):
+    labels = {i: f"class {i}" for i in range(12)}
+    pipe = make_pipeline(tiny_transformer(num_classes=12), id2label=labels)
+    pipe.save_pretrained(tmp_path)
+    loaded = FreqGateDiTPipeline.from_pretrained(tmp_path)
+    assert list(loaded.id2label.items()) == list(labels.items())
+    assert loaded.get_label_ids(list(labels.values())) == list(labels)
+
+
+def test_optional_components_can_be_left_out_on_loading(tmp_path):
+    build("adaln_zero", "kl", tmp_path).save_pretrained(tmp_path)
+    loaded = FreqGateDiTPipeline.from_pretrained(tmp_path, vae=None)
+    assert loaded.vae is None and sample(loaded, "cat").shape == (1, 4, 8, 8)
+
+
+def test_a_fresh_process_loads_and_prints_nothing_strange(tmp_path):
+    pipe = build("freq_gate", "text", tmp_path)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    expected = pipe(prompt="cat", num_inference_steps=2, seed=0, output_type="np").images
+    script = (
+        "import numpy, sys\n"
+        "from freqgate_dit import FreqGateDiTPipeline\n"
+        "pipe = FreqGateDiTPipeline.from_pretrained(sys.argv[1])\n"
+        "images = pipe(prompt='cat', num_inference_steps=2, seed=0, output_type='np').images\n"
+        "numpy.save(sys.argv[2], images)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "pipeline"), str(tmp_path / "images.npy")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, rtol=0, atol=1e-5)
+    # Progress bars only.
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert lines == [] and done.stdout == ""
+
+
+@pytest.mark.parametrize("file", ["pipelines/pipeline_freqgate_dit.py", "freqgate_dit/transformer_freqgate_dit.py"])
+def test_shipped_files_stand_alone(file):
+    allowed = {*sys.stdlib_module_names, "torch", "diffusers", "transformers", "huggingface_hub", "numpy", "PIL"}
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            imported.add(node.module.split(".")[0])
+    assert "torch" in imported and imported <= allowed

@@ -1,0 +1,533 @@
+"""The trainer from end to end, on tiny models and real files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from components import tiny_text_encoder, tiny_tokenizer, tiny_vae_kl, tiny_vae_tiny
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+from freqgate_dit.shapes_textures import ShapesTextures
+from freqgate_dit.training.config import parse_config
+from freqgate_dit.training.train import Trainer, main, make_schedulers
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+TINY = {
+    "num_images": 96,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "patch_size": 8,
+    "mlp_ratio": 2.0,
+    "prediction_type": "v_prediction",
+    "per_device_batch_size": 8,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.9,
+    "mixed_precision": "no",
+    "cpu_threads": 1,
+    "log_every": 4,
+    "validate_every": 100,
+    "preview_every": 100,
+    "save_every": 100,
+    "num_validation_images": 32,
+    "num_previews": 4,
+    "num_inference_steps": 2,
+}
+
+
+def reset_accelerate():
+    """Accelerate keeps one state per process; a user's command has a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state():
+    threads = torch.get_num_threads()
+    reset_accelerate()
+    yield
+    reset_accelerate()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def options(tmp_path, cache):
+    """Command line of a tiny run on the built-in data; keywords replace or add options, `None` leaves one out."""
+
+    def build(**changes):
+        values = {**TINY, "output_dir": tmp_path / "run", "cache_dir": cache, "max_steps": 8, **changes}
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+    return build
+
+
+def state(output_dir, step):
+    folder = Path(output_dir) / "checkpoints" / f"step_{step:08d}"
+    return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys() and one
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def refusal(arguments):
+    """The one sentence that a user sees."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    message = stopped.value.code
+    assert isinstance(message, str) and message.startswith("error: ")
+    return message
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_run_learns_and_leaves_everything_behind(tmp_path, options):
+    run = tmp_path / "run"
+    arguments = options(max_steps=40, validate_every=20, preview_every=20, save_every=10, keep_checkpoints=2)
+    main(arguments)
+
+    # Held-out loss falls, for the weights and for their average; metrics at the steps that were asked for.
+    lines = metrics(run)
+    validated = [line for line in lines if "val_ema/loss" in line]
+    assert [line["step"] for line in validated] == [0, 20, 40]
+    for name in ("val_raw/loss", "val_ema/loss"):
+        losses = [line[name] for line in validated]
+        assert losses[2] < losses[1] < losses[0] and losses[2] < 0.9 * losses[0]
+    logged = [line for line in lines if "train/mse" in line]
+    assert [line["step"] for line in logged] == list(range(4, 41, 4))
+    assert all(line["train/grad_norm"] > 0 and line["images_per_second"] > 0 for line in logged)
+
+    # The same numbers are in the tensorboard log.
+    (events,) = (run / "logs").rglob("events.out.tfevents.*.0")
+    accumulator = EventAccumulator(str(events)).Reload()
+    for name, source in (("train/mse", logged), ("val_ema/loss", validated)):
+        scalars = [(event.step, event.value) for event in accumulator.Scalars(name)]
+        assert scalars == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in source]
+
+    # Checkpoints, previews, curves, configuration.
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000030", "step_00000040"]
+    for step in (20, 40):
+        assert Image.open(run / "previews" / f"step_{step:08d}.png").size == (128, 128)
+    assert Image.open(run / "loss.png").size[0] > 100
+    config = parse_config(arguments)
+    assert parse_config(["--config", str(run / "config.yaml")]) == config
+    assert parse_config(["--config", str(run / "pipeline" / "training_config.yaml")]) == config
+
+    # The pipeline has the averaged weights of the last step, which are not the raw ones.
+    last = state(run, 40)
+    pipeline = FreqGateDiTPipeline.from_pretrained(run / "pipeline")
+    assert_same_tensors(pipeline.transformer.state_dict(), last["ema"])
+    assert not torch.equal(last["ema"]["proj_out.weight"], last["model"]["proj_out.weight"])
+    classes = ShapesTextures(1, image_size=32).class_names
+    assert pipeline.id2label == dict(enumerate(classes))
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+
+    # Its samples are the preview.
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [index * len(classes) // 4 for index in range(4)]
+    images = pipeline(labels, num_inference_steps=2, guidance_scale=2.5, seed=0).images
+    preview = Image.open(run / "previews" / "step_00000040.png")
+    for index, image in enumerate(images):
+        left, top = 64 * (index % 2), 64 * (index // 2)
+        shown = preview.crop((left, top, left + 64, top + 64)).resize((32, 32), resample=0)
+        difference = np.asarray(image, dtype=int) - np.asarray(shown, dtype=int)
+        # The trainer's attention is the same function in another order of operations.
+        assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains(variant, tmp_path, options):
+    main(options(variant=variant, max_steps=4, report_to="none", spectral_weight=0.1, stratified="false"))
+    assert isinstance(FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline").transformer, VARIANTS[variant])
+    first, second = (line for line in metrics(tmp_path / "run") if "val_raw/loss" in line)
+    assert first["val_raw/loss"] != second["val_raw/loss"]
+    assert [line["train/spectral"] > 0 for line in metrics(tmp_path / "run") if "train/mse" in line] == [True]
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def photos(folder, size=16, count=6):
+    for label in ("cat", "dog", "wild"):
+        (folder / label).mkdir(parents=True)
+        for index in range(count):
+            pixels = np.random.default_rng([index, ord(label[0])]).integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def animals(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("animals") / "photos")
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "clip"
+    tiny_tokenizer(folder)
+    tiny_text_encoder().save_pretrained(folder)
+    return folder
+
+
+def on_animals(animals, **changes):
+    return {"num_images": None, "dataset": animals, "resolution": 16, "heldout_per_class": 2, **changes}
+
+
+def test_unconditional_run(tmp_path, options):
+    main(options(condition="none", max_steps=2))
+    pipeline = FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.config.num_classes is None and pipeline.id2label == {}
+    images = pipeline(num_images_per_label=2, num_inference_steps=2, seed=0, output_type="np").images
+    assert images.shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize("make_vae", [tiny_vae_kl, tiny_vae_tiny])
+def test_run_on_latents(make_vae, tmp_path, options, animals):
+    make_vae().save_pretrained(tmp_path / "vae")
+    changes = on_animals(animals, vae=tmp_path / "vae", patch_size=2, horizontal_flip="true", max_steps=3)
+    main(options(**changes))
+    # The second run finds the latents in the cache.
+    main(options(**changes, output_dir=tmp_path / "again"))
+    assert_same_tensors(state(tmp_path / "run", 3)["model"], state(tmp_path / "again", 3)["model"])
+    pipeline = FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert_same_tensors(pipeline.vae.state_dict(), make_vae().state_dict())
+    assert (pipeline.transformer.config.in_channels, pipeline.transformer.config.sample_size) == (4, 8)
+    assert pipeline("dog", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    assert pipeline.id2label == {0: "cat", 1: "dog", 2: "wild"}
+
+
+def test_run_on_text(tmp_path, options, animals, text_model):
+    changes = on_animals(animals, condition="text", text_encoder=text_model, prompt_template="a {label}")
+    arguments = options(**changes, max_steps=2)
+    main(arguments)
+    pipeline = FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert_same_tensors(pipeline.text_encoder.state_dict(), tiny_text_encoder().state_dict())
+    # What training saw of a class is what the pipeline makes of its prompt.
+    table = Trainer(parse_config([*arguments, "--dry_run"])).condition.table
+    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "seed": 0, "output_type": "np"}
+    by_prompt = pipeline(prompt=["a dog"], **call).images
+    by_table = pipeline(pooled_prompt_embeds=table[1:2], negative_pooled_prompt_embeds=table[3:], **call).images
+    assert abs(by_prompt - by_table).max() < 1e-5
+    assert abs(by_prompt - pipeline(prompt=["a cat"], **call).images).max() > 0
+
+
+def test_bf16_keeps_weights_in_float32(tmp_path, options):
+    main(options(mixed_precision="bf16", max_steps=4))
+    for group in state(tmp_path / "run", 4).values():
+        assert {tensor.dtype for tensor in group.values()} == {torch.float32}
+    reset_accelerate()
+    main(options(mixed_precision="no", max_steps=4, output_dir=tmp_path / "float32"))
+    half, full = (metrics(tmp_path / name)[-1]["val_raw/loss"] for name in ("run", "float32"))
+    assert half != full and half == pytest.approx(full, rel=0.02)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, options):
+    main(options(max_steps=2))
+    main(options(max_steps=2, gradient_checkpointing="true", output_dir=tmp_path / "other"))
+    one, other = state(tmp_path / "run", 2)["model"], state(tmp_path / "other", 2)["model"]
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_step(tmp_path, options):
+    # AdamW ignores the gradient's scale, so clipping shows in its first moment: 0.1 x clipped gradient after a step.
+    main(options(max_steps=1, max_grad_norm=1e-3))
+    moments = [value for name, value in state(tmp_path / "run", 1)["optimizer"].items() if name.endswith("/exp_avg")]
+    norm = torch.cat([moment.flatten() for moment in moments]).norm().item()
+    assert metrics(tmp_path / "run")[-2]["train/grad_norm"] > 1e-3
+    assert norm == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_warm_up_is_what_the_optimizer_uses(tmp_path, options):
+    main(options(max_steps=4, log_every=1, warmup_steps=4, learning_rate=0.004))
+    rates = [line["train/lr"] for line in metrics(tmp_path / "run") if "train/lr" in line]
+    assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004])
+
+
+def test_epochs_count_images(tmp_path, options):
+    trainer = Trainer(parse_config(options(max_steps=None, num_epochs=3, dry_run="true")))
+    assert trainer.total_steps == 3 * 96 // 8
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path, options):
+    main(options(max_steps=3))
+    changes = {"per_device_batch_size": 2, "gradient_accumulation_steps": 4, "output_dir": tmp_path / "accumulated"}
+    main(options(max_steps=3, **changes))
+    one, other = state(tmp_path / "run", 3)["model"], state(tmp_path / "accumulated", 3)["model"]
+    distance = torch.cat([(one[name] - other[name]).flatten() for name in one]).norm()
+    assert distance < 1e-3 * torch.cat([value.flatten() for value in one.values()]).norm()
+    losses = [
+        [line["train/mse"] for line in metrics(tmp_path / name) if "train/mse" in line]
+        for name in ("run", "accumulated")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_training_and_sampling_share_their_betas(prediction_type, beta_schedule):
+    objective = parse_config(
+        ["--max_steps=1", f"--prediction_type={prediction_type}", f"--beta_schedule={beta_schedule}"]
+    ).objective
+    training, sampling = make_schedulers(objective, "linspace")
+    assert torch.equal(training.betas, sampling.betas)
+    assert training.config.prediction_type == sampling.config.prediction_type == prediction_type
+    assert sampling.config.timestep_spacing == "linspace"
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animals):
+    tiny_vae_kl().save_pretrained(tmp_path / "vae")
+    changes = on_animals(
+        animals,
+        vae=tmp_path / "vae",
+        patch_size=2,
+        horizontal_flip="true",
+        dropout=0.1,
+        gradient_accumulation_steps=2,
+        warmup_steps=3,
+        per_device_batch_size=5,
+        log_every=2,
+        validate_every=5,
+    )
+    main(options(**changes, max_steps=10, output_dir=tmp_path / "straight"))
+    main(options(**changes, max_steps=5))
+    torch.manual_seed(123)
+    main(options(**changes, max_steps=10, resume="latest"))
+    straight, resumed = state(tmp_path / "straight", 10), state(tmp_path / "run", 10)
+    assert straight.keys() == resumed.keys() == {"model", "ema", "optimizer"}
+    for group in straight:
+        assert_same_tensors(straight[group], resumed[group])
+    ends = [metrics(tmp_path / run)[-1] for run in ("straight", "run")]
+    assert ends[0] == ends[1] and ends[0]["step"] == 10 and "val_ema/loss" in ends[0]
+    # A run that is at its end only writes its pipeline again.
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    main(options(**changes, max_steps=10, resume="latest"))
+    pipeline = FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert_same_tensors(pipeline.transformer.state_dict(), resumed["ema"])
+
+
+def test_what_resume_refuses(tmp_path, options):
+    run = tmp_path / "run"
+    message = refusal(options(resume="latest"))
+    assert "no complete checkpoint" in message and str(run) in message
+    main(options(max_steps=4, save_every=2))
+
+    for name, value, was in (
+        ("num_layers", 3, 2),
+        ("prediction_type", "'epsilon'", "'v_prediction'"),
+        ("condition", "'none'", "'auto'"),
+        ("num_images", 100, 96),
+        ("seed", 1, 0),
+    ):
+        message = refusal(options(resume="latest", **{name: str(value).strip("'")}))
+        assert f"`{name}` is {value}" in message and str(was) in message and "same value" in message
+    message = refusal(options(resume="latest", per_device_batch_size=4))
+    assert "4 images" in message and "with 8" in message and "gradient_accumulation_steps" in message
+
+    # The same number of images per step in other portions is the same run.
+    main(options(resume="latest", per_device_batch_size=4, gradient_accumulation_steps=2, max_steps=5))
+
+    last = run / "checkpoints" / "step_00000005"
+    (last / "manifest.json").unlink()
+    message = refusal(options(resume=last))
+    assert "`resume`" in message and str(last) in message and "manifest.json" in message
+    assert "--resume latest" in message and "step_00000004" in message
+    model = run / "checkpoints" / "step_00000004" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"?")
+    assert "step_00000004/model.safetensors is damaged" in refusal(options(resume="latest"))
+
+
+def test_folder_of_another_run_is_refused(tmp_path, options):
+    main(options(max_steps=1))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    message = refusal(options(max_steps=1))
+    assert "`output_dir`" in message and str(tmp_path / "run") in message and "--resume latest" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resolution": 36}, ("`resolution`", "36", "`patch_size`", "8")),
+        ({"attention_head_dim": 10}, ("`attention_head_dim`", "10", "multiple of 4")),
+        ({"variant": "in_context", "modulation_rank": 4}, ("`modulation_rank`", "4")),
+        ({"spectral_weight": -1}, ("`spectral_weight`", "-1")),
+        ({"vae": "no/such-folder/vae"}, ("`vae`", "no/such-folder/vae", "config.json")),
+        ({"condition": "text", "text_encoder": "./no-such-folder"}, ("`text_encoder`", "no-such-folder")),
+        ({"dataset": "no such data", "num_images": None}, ("dataset", "no such data", "folder")),
+        ({"horizontal_flip": "true"}, ("horizontal_flip",)),
+        ({"max_steps": None}, ("max_steps", "num_epochs")),
+        ({"report_to": "notes"}, ("`report_to`", "notes", "tensorboard")),
+    ],
+)
+def test_refusals_name_argument_value_and_remedy(changes, words, tmp_path, options, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(options(**changes))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_resolution_must_fit_autoencoder_and_patch(tmp_path, options, animals):
+    tiny_vae_kl().save_pretrained(tmp_path / "vae")
+    message = refusal(options(**on_animals(animals, vae=tmp_path / "vae", patch_size=2, resolution=18)))
+    assert all(word in message for word in ("`resolution`", "18", "multiple of 4", "factor 2", "`patch_size` 2"))
+
+
+@pytest.mark.parametrize("rule", [{"heldout_fraction": 0, "heldout_per_class": None}, {"heldout_per_class": 0}])
+def test_validation_needs_held_out_images(rule, options, animals):
+    message = refusal(options(**on_animals(animals, **rule)))
+    assert "heldout_fraction" in message and "heldout_per_class" in message
+
+
+def test_classes_must_exist_for_a_class_condition(options, tmp_path, animals):
+    flat = tmp_path / "flat"
+    shutil.copytree(animals / "cat", flat)
+    message = refusal(options(**on_animals(flat, condition="class")))
+    assert "`condition`" in message and "'class'" in message and "none" in message
+
+
+# -- dry runs of the presets ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def local_parts(tmp_path_factory):
+    """What the presets take from the Hub, in small: three classes as parquet, an 8x autoencoder, a CLIP text model."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("parts")
+    pictures = photos(folder / "photos", count=5)
+    files = sorted(pictures.glob("*/*.png"))
+    names = ["cat", "dog", "wild"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"image": [str(file) for file in files], "label": [names.index(file.parent.name) for file in files]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "animals.parquet"))
+    tiny_vae_kl(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+    ).save_pretrained(folder / "vae")
+    tiny_tokenizer(folder / "tokenizer")
+    tiny_text_encoder().save_pretrained(folder / "text_encoder")
+    return {
+        "dataset": folder / "animals.parquet",
+        "heldout_per_class": 2,
+        "vae": folder / "vae",
+        "text_encoder": folder / "text_encoder",
+        "tokenizer": folder / "tokenizer",
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_dry_run_of_preset(preset, tmp_path, monkeypatch, capsys, local_parts):
+    monkeypatch.chdir(tmp_path)
+    text = yaml.safe_load(preset.read_text())
+    local = {name: value for name, value in local_parts.items() if text.get(name) not in (None, "shapes_textures")}
+    arguments = ["--config", str(preset), "--dry_run", "--cpu_threads=1", "--mixed_precision=no"]
+    main([*arguments, *(f"--{name}={value}" for name, value in local.items())])
+    printed = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    for word in ("parameters", "FLOPs per image", "memory", "training and", "held-out images", "samples:", "dry run"):
+        assert word in printed
+    assert f"variant: {text['variant']}\n" in printed and VARIANTS[text["variant"]].__name__ in printed
+    assert f"learning_rate: {text['learning_rate']}\n" in printed
+    if "dataset" in local:
+        assert "  cat: 3 + 2\n  dog: 3 + 2\n  wild: 3 + 2\n" in printed
+    # The number that is printed is the number of parameters of a model built from the preset alone.
+    config = parse_config(arguments)
+    condition = {"pooled_projection_dim": 16} if text.get("condition") == "text" else {"num_classes": 64}
+    with torch.device("meta"):
+        model = config.model.build(4 if "vae" in text else 3, 16 if "vae" in text else 32, condition)
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M" in printed
+
+
+# -- as a command -----------------------------------------------------------------------------------------------------
+
+
+def environment(**more):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "PYTHONPATH"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **more}
+
+
+def command(name):
+    return str(Path(sys.executable).with_name(name))
+
+
+def run(*arguments, cwd, **more):
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=cwd,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the source tree in which nothing was installed or built."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("freqgate_dit", "pipelines", "training"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.py", folder)
+    return folder
+
+
+def test_accelerate_launch_from_a_checkout(tmp_path, options, checkout):
+    launch = (command("accelerate"), "launch", "--cpu", "--num_processes", "1", "training/train.py")
+    done = run(*launch, *options(max_steps=2, variant="adaln_zero"), cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert f'from_pretrained("{tmp_path / "run" / "pipeline"}")' in done.stdout
+    # It is the run that `main` does in this process.
+    main(options(max_steps=2, variant="adaln_zero", output_dir=tmp_path / "here"))
+    assert_same_tensors(state(tmp_path / "run", 2)["model"], state(tmp_path / "here", 2)["model"])
+
+
+def test_two_processes_train_as_one(tmp_path, options, checkout):
+    main(options(max_steps=3, log_every=1))
+    two = options(max_steps=3, log_every=1, per_device_batch_size=4, output_dir=tmp_path / "two")
+    # `accelerate launch --cpu` starts one process whatever --num_processes says; torchrun is what it calls for GPUs.
+    launch = (command("torchrun"), "--standalone", "--nproc_per_node", "2", "training/train.py")
+    done = run(*launch, *two, cwd=checkout, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert "4 per process x 2 processes x 1 accumulation = 8" in done.stdout
+    for one, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
+        for values in (one, other):
+            values.pop("images_per_second", None)
+        assert one == pytest.approx(other, rel=1e-4)
+    one, other = state(tmp_path / "run", 3)["optimizer"], state(tmp_path / "two", 3)["optimizer"]
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)

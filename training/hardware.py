@@ -1,0 +1,23 @@
+"""What the machine can do."""
+
+import os
+
+import torch
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device has bf16 matrix units: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def use_all_cores(threads: int | None = None):
+    """Use `threads` CPU threads, by default all cores, shared by the processes of this machine.
+
+    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves the cores idle.
+    """
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(1, os.cpu_count() // local_processes))

@@ -1,0 +1,206 @@
+"""Where images come from: folders, parquet files and Hub data sets, each as names, labels and a reader of bytes."""
+
+import glob
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+
+if TYPE_CHECKING:
+    from freqgate_dit.training.data import DataConfig
+
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+Reader = Callable[[str | int], bytes]
+
+
+class Item(NamedTuple):
+    name: str  # sort key of the held-out rule, shown to the user
+    label: int  # -1: unconditional
+    key: str | int  # what the reader takes: relative path or row number
+    digest: str = ""  # of the encoded bytes
+
+
+# Module functions with `partial`, not closures, so that a LabelledImages can be sent to a spawned worker process.
+def _read_file(root: Path, key: str) -> bytes:
+    return (root / key).read_bytes()
+
+
+def _read_row(images, column: str, key: int) -> bytes:
+    image = images[key][column]
+    if image is None:
+        raise ValueError("the image is null")
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether a folder is a downloaded Hub data set: parquet files where the Hub keeps them, and no image file."""
+    names = (name for _, _, files in os.walk(path) for name in files)
+    return any([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) and not any(map(_is_image_name, names))
+
+
+def scan_folder(root: Path) -> tuple[tuple[str, ...], list[Item], Reader]:
+    """Class names, images and their reader; classes are the subfolders, and nothing deeper carries meaning."""
+    read = partial(_read_file, root)
+    entries = [entry for entry in sorted(os.listdir(root)) if not entry.startswith(".")]
+    loose = [entry for entry in entries if _is_image_name(entry) and (root / entry).is_file()]
+    folders = [entry for entry in entries if (root / entry).is_dir()]
+    nested = {folder: _image_files(root, folder) for folder in folders}
+    if not loose and not any(nested.values()):
+        raise ValueError(f"dataset={str(root)!r} holds no image; looked for {', '.join(EXTENSIONS)}.")
+    if loose and any(nested.values()):
+        with_images = [folder for folder in folders if nested[folder]]
+        raise ValueError(
+            f"dataset={str(root)!r} mixes {len(loose)} loose images (such as {loose[0]!r}) with {len(with_images)} "
+            f"subfolders of images (such as {with_images[0]!r}). Move the loose images into a class folder, or "
+            "elsewhere; for an unconditional set put all images directly into one folder."
+        )
+    if loose:
+        return (), [Item(name, -1, name) for name in loose], read
+    items = [Item(name, label, name) for label, f in enumerate(folders) for name in nested[f]]
+    return tuple(folders), items, read
+
+
+def _image_files(root: Path, folder: str) -> list[str]:
+    """Image files that are not hidden, below `root / folder` at any depth, relative to `root`."""
+    found, seen = [], set()
+    for directory, subfolders, files in os.walk(root / folder, followlinks=True):
+        real = os.path.realpath(directory)
+        # Class folders are often links, and links can form circles.
+        subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
+        if real not in seen:
+            relative = Path(directory).relative_to(root)
+            found += [(relative / name).as_posix() for name in files if _is_image_name(name)]
+        seen.add(real)
+    return found
+
+
+def _is_image_name(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def _import_datasets(dataset: str):
+    # Imported on use: it takes a second, and image folders do without it.
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"dataset={dataset!r} needs `datasets`: pip install 'freqgate_dit[train]'.") from error
+    return datasets
+
+
+def open_parquet(config: "DataConfig"):
+    files = sorted(glob.glob(os.path.expanduser(config.dataset), recursive=True))
+    files = [name for name in files if name.endswith(".parquet") and os.path.isfile(name)]
+    if not files:
+        raise ValueError(f"dataset={config.dataset!r} matches no .parquet file (current directory: {os.getcwd()}).")
+    datasets = _import_datasets(config.dataset)
+    try:
+        return datasets.load_dataset("parquet", data_files=[glob.escape(name) for name in files], split="train")
+    except Exception as error:  # pyarrow, fsspec and datasets each have their own
+        raise ValueError(f"dataset={config.dataset!r} cannot be read as parquet: {error}") from error
+
+
+def open_hub(config: "DataConfig"):
+    datasets = _import_datasets(config.dataset)
+    name = os.path.expanduser(config.dataset)
+    try:
+        return datasets.load_dataset(name, split=config.dataset_split, revision=config.dataset_revision)
+    except Exception as error:  # network, missing, gated, unknown split: many libraries' own errors
+        raise ValueError(
+            f"dataset={config.dataset!r} is neither a folder of images nor .parquet files, and it could not be loaded "
+            f"as a Hub data set (dataset_split={config.dataset_split!r}, "
+            f"dataset_revision={config.dataset_revision!r}): "
+            f"{type(error).__name__}: {error}. Check the spelling, the connection and, for a private or gated set, "
+            "`hf auth login`."
+        ) from error
+
+
+def scan_table(rows, config: "DataConfig") -> tuple[tuple[str, ...], list[Item], Reader]:
+    """Class names, images and their reader, of the rows of parquet files or of a Hub data set."""
+    image_column, label_column = _image_column(rows, config), _label_column(rows, config)
+    images = _encoded(rows, image_column)
+    class_names, items = _scan_rows(rows, images, image_column, label_column)
+    return class_names, items, partial(_read_row, images, image_column)
+
+
+def _image_column(rows, config: "DataConfig") -> str:
+    # Files not written by `datasets` have its storage type, {bytes, path}, without the feature's name.
+    found = [
+        name
+        for name, feature in rows.features.items()
+        if type(feature).__name__ == "Image" or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    ]
+    column = _choose_column(rows, config, "image_column", found)
+    if column is None:
+        raise ValueError(
+            f"dataset={config.dataset!r} has no image column among {rows.column_names}: pass image_column."
+        )
+    return column
+
+
+def _label_column(rows, config: "DataConfig") -> str | None:
+    typed = [name for name, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
+    named = [name for name in ("label", "labels", "class") if name in rows.features]
+    return _choose_column(rows, config, "label_column", typed or named)
+
+
+def _choose_column(rows, config: "DataConfig", option: str, found: list[str]) -> str | None:
+    name = getattr(config, option)
+    if name is not None and name not in rows.features:
+        raise ValueError(f"{option}={name!r} is not a column of the data set; its columns are {rows.column_names}.")
+    if name is None and len(found) > 1:
+        raise ValueError(f"{option}=None, but dataset={config.dataset!r} has several: pass one of {found}.")
+    return name or (found[0] if found else None)
+
+
+def _encoded(rows, column: str):
+    """The one image column of `rows`, as {bytes, path}: `data.decode_image` decodes all images, and the same way."""
+    from datasets import Image as ImageFeature
+
+    try:
+        return rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+    except Exception as error:  # pyarrow and datasets each have their own cast errors
+        raise ValueError(
+            f"image_column={column!r} has the type {rows.features[column]}, not encoded images; the columns are "
+            f"{rows.column_names}."
+        ) from error
+
+
+def _scan_rows(rows, images, image_column: str, label_column: str | None) -> tuple[tuple[str, ...], list[Item]]:
+    """Rows are named by the image's file name where one is stored, else by their zero-padded number."""
+    import pyarrow.compute as pc
+
+    names, width = [], len(str(len(rows)))
+    for batch in images.with_format("arrow").iter(1000):
+        for image in pc.struct_field(batch[image_column], "path").to_pylist():
+            # The last component only: a path on the machine that wrote the file means nothing here.
+            names.append(PurePosixPath((image or "").replace("\\", "/")).name or f"{len(names):0{width}d}")
+    if not names:
+        raise ValueError(f"the data set has no rows: {rows}.")
+    class_names, labels = ((), [-1] * len(names)) if label_column is None else _row_labels(rows, label_column)
+    return class_names, [Item(name, label, row) for row, (name, label) in enumerate(zip(names, labels))]
+
+
+def _row_labels(rows, column: str) -> tuple[tuple[str, ...], list[int]]:
+    feature = rows.features[column]
+    values = list(rows.with_format(None)[column])
+    wrong = [row for row, value in enumerate(values) if not isinstance(value, (int, str))]
+    if wrong:
+        raise ValueError(
+            f"label_column={column!r} must hold integers or strings, but row {wrong[0]} has {values[wrong[0]]!r} "
+            f"({len(wrong)} such rows). Remove those rows or pass another label_column."
+        )
+    if type(feature).__name__ == "ClassLabel":
+        if min(values) < 0:
+            raise ValueError(
+                f"label_column={column!r} has {sum(value < 0 for value in values)} unlabelled rows (-1), the first is "
+                f"row {values.index(min(values))}. Pass a labelled split or file."
+            )
+        return tuple(feature.names), values
+    distinct = sorted(set(values))
+    index = {value: label for label, value in enumerate(distinct)}
+    return tuple(str(value) for value in distinct), [index[value] for value in values]
