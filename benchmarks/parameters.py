@@ -57,9 +57,7 @@ def main():
             }
         )
 
-    print(
-        "| variant | blocks | parameters | + projection per block | source prints | GFLOPs | defaults, 3 classes |"
-    )
+    print("| variant | blocks | parameters | + projection per block | source prints | GFLOPs | defaults, 3 classes |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         source = f"{row['source_parameters_million']} M" if row["source_parameters_million"] else "-"

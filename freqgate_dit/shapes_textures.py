@@ -96,7 +96,7 @@ _WORLDS = {
     "reversed": _World(
         (7, math.inf), (0, 3), (1.25, 2.5), structure_gain=1.6, texture_gain=0.6, outlined=True, coloured=True
     ),
-    # Colour keeps two patterns of one band apart for the eye; the noise level at which they drown is the same.
+    # Colour keeps two patterns of one band apart for the eye.
     "same": _World((4, 7), (4, 7), (4.6, 6.4), structure_gain=1.45, texture_gain=0.48, outlined=True, coloured=True),
     "flat": replace(_ADD, whitened=True),
 }

@@ -233,7 +233,9 @@ class TrainingRun:
         return "\n".join(sections)
 
     def save(self, path: Path):
-        path.write_text(self.to_yaml(), encoding="utf-8")
+        """Write what starts this run again, from its first step."""
+        fresh = dataclasses.replace(self, train=dataclasses.replace(self.train, resume=None))
+        path.write_text(fresh.to_yaml(), encoding="utf-8")
 
 
 def field_types() -> dict[str, type]:

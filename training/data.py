@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from freqgate_dit.shapes_textures import ShapesTextures
+from freqgate_dit.shapes_textures import MIN_IMAGE_SIZE, ShapesTextures
 from freqgate_dit.training.image_sources import (
     Item,
     Reader,
@@ -286,6 +286,10 @@ def _refuse_unused_options(config: DataConfig, kind: str) -> None:
 
 
 def _built_in(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
+    if config.resolution < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"resolution={config.resolution!r} is too small for dataset={BUILT_IN!r}: use {MIN_IMAGE_SIZE} or more."
+        )
     parts = []
     for split, count in (("train", config.num_images), ("validation", max(512, config.num_images // 20))):
         source = ShapesTextures(

@@ -103,6 +103,11 @@ class Trainer:
             train.per_device_batch_size * self.accelerator.num_processes * train.gradient_accumulation_steps
         )
         self.output_dir = Path(train.output_dir)
+        if (self.output_dir / "config.yaml").exists() and not train.resume and not train.dry_run:
+            raise ValueError(
+                f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
+                "`--resume latest`."
+            )
 
         images, heldout_images = load_images(config.data)
         if not len(heldout_images):
@@ -210,17 +215,11 @@ class Trainer:
         return 4 * count * views * moments * sample
 
     def _open_output_dir(self):
-        """Claim the output folder; a folder with another run in it is refused unless it is resumed."""
-        config_file = self.output_dir / "config.yaml"
-        if config_file.exists() and not self.config.train.resume:
-            raise ValueError(
-                f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
-                "`--resume latest`."
-            )
+        """Create the output folder and start what is written into it during the run."""
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.config.save(config_file)
+            self.config.save(self.output_dir / "config.yaml")
             self.metrics = Metrics(self.output_dir / "metrics.jsonl", self.step)
         if self.config.train.report_to != "none":
             # Trackers take numbers, strings and booleans only.
@@ -289,24 +288,7 @@ class Trainer:
             progress.update()
 
             if self.due(config.log_every):
-                count = steps_since_log * config.gradient_accumulation_steps
-                losses = {name: accelerator.reduce(value / count, "mean").item() for name, value in terms_sum.items()}
-                elapsed = time.perf_counter() - clock
-                images_per_second = steps_since_log * self.global_batch_size / elapsed
-                self.log(
-                    {
-                        **{f"train/{name}": value for name, value in losses.items()},
-                        "train/lr": lr,
-                        "train/grad_norm": grad_norm.item(),
-                        "images_per_second": images_per_second,
-                    }
-                )
-                progress.set_postfix(loss=f"{losses['mse']:.4f}", img_s=f"{images_per_second:.0f}")
-                if not math.isfinite(losses["mse"]):
-                    raise FloatingPointError(
-                        f"the loss is {losses['mse']} at step {self.step}: lower `learning_rate` ({lr}) and resume "
-                        "with `--resume latest`."
-                    )
+                self.report(progress, terms_sum, steps_since_log, time.perf_counter() - clock, lr, grad_norm)
                 terms_sum, steps_since_log = {}, 0
             if self.due(config.validate_every):
                 self.validate()
@@ -319,6 +301,21 @@ class Trainer:
                 clock = time.perf_counter()
         progress.close()
         self.finish()
+
+    def report(self, progress, terms_sum: dict, steps: int, seconds: float, lr: float, grad_norm: torch.Tensor):
+        """Mean loss terms of the last `steps`, to trackers and progress bar; the only wait for the device."""
+        count = steps * self.config.train.gradient_accumulation_steps
+        losses = {name: self.accelerator.reduce(value / count, "mean").item() for name, value in terms_sum.items()}
+        images_per_second = steps * self.global_batch_size / seconds
+        values = {f"train/{name}": value for name, value in losses.items()}
+        values |= {"train/lr": lr, "train/grad_norm": grad_norm.item(), "images_per_second": images_per_second}
+        self.log(values)
+        progress.set_postfix(loss=f"{losses['mse']:.4f}", img_s=f"{images_per_second:.0f}")
+        if not math.isfinite(losses["mse"]):
+            raise FloatingPointError(
+                f"the loss is {losses['mse']} at step {self.step}: lower `learning_rate` ({lr}) and resume with "
+                "`--resume latest`."
+            )
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total_steps
@@ -432,8 +429,11 @@ class Trainer:
                 f"\n\n  from freqgate_dit import FreqGateDiTPipeline\n"
                 f'  pipe = FreqGateDiTPipeline.from_pretrained("{folder}")'
             )
-        # No process leaves the group while another still needs it.
+        # No process leaves the group while another needs it, and no model holds it longer than Python does: freed from
+        # inside DistributedDataParallel, gloo waits for threads that wait for the interpreter's lock, now and then.
         self.accelerator.wait_for_everyone()
+        self.prepared_model = self.prepared_optimizer = None
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
 
