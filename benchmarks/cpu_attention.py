@@ -1,6 +1,6 @@
 """Training step on a CPU: attention by PyTorch's fused kernel against three plain matrix products, in one process.
 
-    python benchmarks/cpu_attention.py --out results/cpu_attention.json
+    python benchmarks/cpu_attention.py --out results/cpu_attention_64.json
 
 Rounds alternate between the two, so that a busy machine slows both; the median ratio of a round is what counts.
 """
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="training steps of a round")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--patch_size", type=int, default=4, help="4 gives 64 tokens, 2 gives 256")
+    parser.add_argument("--patch_size", type=int, default=4, help="4 gives 64 tokens, 2 gives 256, 1 gives 1024")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     use_all_cores()

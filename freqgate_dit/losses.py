@@ -51,8 +51,8 @@ def sample_timesteps(
         `(B,)` int64 in [0, T - 1].
     """
     if sampling == "logit_normal":
-        # Clamped because the normal quantile of 0 is minus infinity.
-        uniform = uniform.double().clamp(1e-7, 1 - 1e-7)
+        # Clamped because the normal quantile of 0 is minus infinity. (float32: some devices have no float64.)
+        uniform = uniform.float().clamp(1e-6, 1 - 1e-6)
         uniform = torch.sigmoid(logit_mean + logit_std * math.sqrt(2) * torch.erfinv(2 * uniform - 1))
     elif sampling != "uniform":
         raise ValueError(f"`sampling` ({sampling!r}) must be one of {TIMESTEP_SAMPLING}.")

@@ -93,10 +93,10 @@ class DiTAttnProcessor:
 
 
 class DiTMatmulAttnProcessor:
-    """Attention as two plain matrix products and a softmax: the fastest way to train short sequences on a CPU.
+    """Attention as two plain matrix products and a softmax, for training short sequences on a CPU.
 
-    PyTorch's fused CPU kernel is slow in the backward pass (`benchmarks/cpu_attention.py`); on a GPU, and for long
-    sequences, use the default processor.
+    PyTorch's fused CPU kernel is slow in the backward pass (measured by `benchmarks/cpu_attention.py`). The maps are
+    kept in memory; on a GPU, and for long sequences, use the default processor.
     """
 
     _attention_backend = None
@@ -671,8 +671,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         of the context nothing is left behind. Use it on the eager model: a compiled one does not run the hooks.
 
         Args:
-            *kinds (`str`): of "gate" (Freq-Gate), "modulation" (adaLN types), "attention" (maps; large). All kinds
-                that the variant has but "attention" when none is given.
+            *kinds (`str`): of "gate" (Freq-Gate), "modulation" (adaLN types), "attention" (large; the map of
+                cross-attention where the block has one, else of self-attention). By default all kinds that the
+                variant has, "attention" only where it is the only one.
             max_bytes (`int`, defaults to 1 GiB): recording stops, with a warning, once the records take this much.
 
         Yields:
@@ -682,7 +683,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         for kind in kinds:
             if kind not in available:
                 raise ValueError(f"{type(self).__name__} has no {kind!r} to inspect: choose from {available}.")
-        kinds = kinds or tuple(self.block_class.inspectable)
+        kinds = kinds or tuple(self.block_class.inspectable) or available
         recorder = Recorder(max_bytes)
         handles, processors = [], []
 

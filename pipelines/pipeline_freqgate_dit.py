@@ -63,6 +63,11 @@ def decode_from_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float()
 
 
+def vae_scale_factor(vae: ModelMixin) -> int:
+    """Pixels per latent, in each direction."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 @torch.no_grad()
 def encode_pooled_text(tokenizer, text_encoder: PreTrainedModel, prompts: Sequence[str]) -> torch.Tensor:
     """Pooled embeddings `(len(prompts), P)` by a CLIP text model: `pooler_output`, or `text_embeds` if it projects."""
@@ -122,6 +127,12 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
+        num_classes = transformer.config.num_classes
+        if id2label and num_classes is not None and not all(0 <= int(key) < num_classes for key in id2label):
+            raise ValueError(
+                f"`id2label` names the ids {sorted(map(int, id2label))}, but the transformer has {num_classes} "
+                f"classes: name ids from 0 to {num_classes - 1} only."
+            )
         self.register_to_config(
             # JSON turns integer keys into strings, and diffusers sorts those ("10" before "2").
             id2label=dict(sorted((int(key), label) for key, label in (id2label or {}).items())),
@@ -129,7 +140,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             class_dropout_prob=class_dropout_prob,
         )
         self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     # -- what the model is ------------------------------------------------------------------------------------------
@@ -193,6 +204,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         class_labels,
         prompt,
         pooled_prompt_embeds,
+        negative_prompt,
+        negative_pooled_prompt_embeds,
         num_images_per_label: int,
         num_inference_steps: int,
         height: int,
@@ -206,8 +219,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
         """Raise `ValueError`, naming argument, value and remedy, for a call that cannot be served."""
-        given = {"class_labels": class_labels, "prompt": prompt, "pooled_prompt_embeds": pooled_prompt_embeds}
-        given = [name for name, value in given.items() if value is not None]
+        conditions = {"class_labels": class_labels, "prompt": prompt, "pooled_prompt_embeds": pooled_prompt_embeds}
+        given = [name for name, value in conditions.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} were both given: give only one of them.")
         if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
@@ -229,8 +242,21 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"`pooled_prompt_embeds` has shape {tuple(pooled_prompt_embeds.shape)}; expected (prompts, {dim})."
                 )
-        for name, values in {"class_labels": class_labels, "prompt": prompt}.items():
-            if isinstance(values, (list, tuple)) and not values:
+        # Left aside without a word, these would look as if they had no influence.
+        negative = {"negative_prompt": negative_prompt or None}
+        negative["negative_pooled_prompt_embeds"] = negative_pooled_prompt_embeds
+        negative = [name for name, value in negative.items() if value is not None]
+        if negative and not self.is_text_conditional:
+            raise ValueError(f"`{negative[0]}` was given, but this model is not conditioned on text: leave it out.")
+        if len(negative) > 1:
+            raise ValueError("`negative_prompt` and `negative_pooled_prompt_embeds` were both given: give only one.")
+        if negative_prompt and self.text_encoder is None:
+            raise ValueError(
+                f"`negative_prompt` ({negative_prompt!r}) needs a text encoder, which this pipeline does not have: "
+                "use `negative_pooled_prompt_embeds`."
+            )
+        for name, values in conditions.items():
+            if (isinstance(values, (list, tuple)) and not values) or 0 in getattr(values, "shape", ()):
                 raise ValueError(f"`{name}` is empty: give at least one.")
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, count in counts.items():
@@ -324,6 +350,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt)
             if negative_pooled_prompt_embeds is not None:
                 negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.to(device)
+                count, dim = pooled_prompt_embeds.shape
+                if tuple(negative_pooled_prompt_embeds.shape) not in ((1, dim), (count, dim)):
+                    raise ValueError(
+                        "`negative_prompt` or `negative_pooled_prompt_embeds` gives embeddings of shape "
+                        f"{tuple(negative_pooled_prompt_embeds.shape)}; expected one for all, (1, {dim}), or one for "
+                        f"each prompt, ({count}, {dim})."
+                    )
                 negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.expand_as(pooled_prompt_embeds)
             return "pooled_projections", pooled_prompt_embeds.to(device), negative_pooled_prompt_embeds
         return None, None, None
@@ -346,6 +379,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             seed = torch.randint(2**48, ()).item()
         if hasattr(seed, "tolist"):  # NumPy scalar, array, tensor
             seed = seed.tolist()
+        if not isinstance(seed, (int, Sequence)) or isinstance(seed, str):
+            raise ValueError(f"`seed` ({seed!r}) must be an int, or a list of one int for each image.")
         seeds = [seed + index for index in range(batch_size)] if isinstance(seed, int) else [int(one) for one in seed]
         if len(seeds) != batch_size:
             raise ValueError(f"`seed` has {len(seeds)} seeds for {batch_size} images: give one each, or one int.")
@@ -466,6 +501,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             class_labels,
             prompt,
             pooled_prompt_embeds,
+            negative_prompt,
+            negative_pooled_prompt_embeds,
             num_images_per_label,
             num_inference_steps,
             height,

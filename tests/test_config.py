@@ -189,6 +189,11 @@ def test_length_is_given_once(flags):
         ("variant", "adaln"),
         ("activation_fn", "relu"),
         ("num_layers", 0),
+        ("mlp_ratio", 0.0),
+        ("beta_start", 0.5),
+        ("beta_end", 2.0),
+        ("logit_std", 0.0),
+        ("seed", -1),
         ("condition", "label"),
         ("prompt_template", "A photo"),
         ("prediction_type", "x0"),
@@ -223,3 +228,12 @@ def test_values_out_of_range_name_option_and_value(name, value):
 def test_text_condition_needs_a_text_encoder():
     message = refusal(["--max_steps", "1", "--condition", "text"])
     assert "`text_encoder`" in message and "`condition`" in message
+
+
+def test_none_on_the_command_line_takes_back_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: 1\nvae: some/vae\nheldout_per_class: 3\nmin_snr_gamma: 5\n")
+    taken_back = ["--vae", "none", "--heldout_per_class", "none", "--min_snr_gamma", "None"]
+    config = parse_config(["--config", str(path), *taken_back])
+    assert (config.latents.vae, config.data.heldout_per_class, config.objective.min_snr_gamma) == (None, None, None)
+    assert parse_config(["--config", str(path), "--heldout_per_class", "4"]).data.heldout_per_class == 4

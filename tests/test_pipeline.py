@@ -448,6 +448,13 @@ def test_embeds_without_a_text_encoder():
         sample(pipe, pooled_prompt_embeds=embeds)
     with pytest.raises(ValueError, match="`prompt` .* needs a text encoder"):
         sample(pipe, prompt="cat")
+    with pytest.raises(ValueError, match="`negative_prompt` .'blur'. needs a text encoder"):
+        sample(pipe, pooled_prompt_embeds=embeds, negative_prompt="blur")
+    with pytest.raises(ValueError, match="`pooled_prompt_embeds` is empty"):
+        sample(pipe, pooled_prompt_embeds=embeds[:0])
+    for wrong in (torch.zeros(3, TEXT_DIM), torch.zeros(1, 5)):
+        with pytest.raises(ValueError, match=r"`negative_pooled_prompt_embeds` .* \(1, 16\), .*\(2, 16\)"):
+            sample(pipe, pooled_prompt_embeds=embeds, negative_pooled_prompt_embeds=wrong)
     for wrong in (embeds[0], embeds[:, :5]):
         with pytest.raises(ValueError, match=r"`pooled_prompt_embeds` has shape .* expected \(prompts, 16\)"):
             sample(pipe, pooled_prompt_embeds=wrong)
@@ -462,6 +469,16 @@ def test_conditions_that_the_model_cannot_take(pipe, text_pipe, unconditional_pi
         sample(text_pipe, "cat")
     with pytest.raises(ValueError, match="`class_labels` was given, but this model is unconditional"):
         sample(unconditional_pipe, 0)
+    with pytest.raises(ValueError, match="`class_labels` is empty"):
+        sample(pipe, torch.tensor([], dtype=torch.long))
+    null = torch.zeros(1, TEXT_DIM)
+    for ignored in ({"negative_prompt": "blur"}, {"negative_pooled_prompt_embeds": null}):
+        with pytest.raises(ValueError, match="was given, but this model is not conditioned on text"):
+            sample(pipe, "cat", **ignored)
+    with pytest.raises(ValueError, match="`negative_prompt` and `negative_pooled_prompt_embeds` were both given"):
+        sample(text_pipe, prompt="cat", negative_prompt="dog", negative_pooled_prompt_embeds=null)
+    with pytest.raises(ValueError, match="`negative_prompt` .*one for each prompt"):
+        sample(text_pipe, prompt=["cat"] * 3, negative_prompt=["dog"] * 2)
 
 
 def test_unconditional(unconditional_pipe):
@@ -497,6 +514,8 @@ def test_generators(pipe):
         sample(pipe, "cat", seed=0, generator=generators(3))
     with pytest.raises(ValueError, match="3 seeds for 2 images"):
         sample(pipe, ["cat", "dog"], seed=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"`seed` \(1.5\)"):
+        sample(pipe, "cat", seed=1.5)
 
 
 def test_without_a_seed_torchs_global_one_counts(pipe):
@@ -637,3 +656,14 @@ def test_progress_bar_can_be_turned_off(pipe, capfd):
     pipe.set_progress_bar_config(disable=False)
     sample(pipe, "cat")
     assert "3/3" in capfd.readouterr().err
+
+
+def test_names_of_classes_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match=r"`id2label` names the ids \[0, 3\], but the transformer has 3 classes"):
+        make_pipeline(id2label={0: "cat", 3: "null"})
+
+
+def test_scheduler_with_other_betas_is_refused(pipe):
+    pipe.scheduler = HeunDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"HeunDiscreteScheduler\) has other betas.*from_config"):
+        sample(pipe, "cat")

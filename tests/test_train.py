@@ -1,5 +1,6 @@
 """The trainer from end to end, on tiny models and real files."""
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from freqgate_dit import VARIANTS, FreqGateDiTPipeline
 from freqgate_dit.shapes_textures import ShapesTextures
 from freqgate_dit.training.config import parse_config
 from freqgate_dit.training.train import Trainer, main, make_schedulers
+from freqgate_dit.transformer_freqgate_dit import DiTAttnProcessor, DiTMatmulAttnProcessor
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,6 +267,18 @@ def test_clipping_bounds_the_step(tmp_path, options):
     assert norm == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_lost_weights_are_not_saved(tmp_path, options):
+    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 2: lower `learning_rate`"):
+        main(options(max_steps=6, learning_rate=1e30, log_every=1000, save_every=2))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("patch_size", "processor"), [(2, DiTMatmulAttnProcessor), (1, DiTAttnProcessor)])
+def test_long_sequences_keep_the_fused_attention(patch_size, processor, options):
+    trainer = Trainer(parse_config(options(max_steps=1, patch_size=patch_size)))
+    assert {type(one) for one in trainer.model.attn_processors.values()} == {processor}
+
+
 def test_warm_up_is_what_the_optimizer_uses(tmp_path, options):
     main(options(max_steps=4, log_every=1, warmup_steps=4, learning_rate=0.004))
     rates = [line["train/lr"] for line in metrics(tmp_path / "run") if "train/lr" in line]
@@ -365,6 +379,32 @@ def test_what_resume_refuses(tmp_path, options):
     model = run / "checkpoints" / "step_00000004" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"?")
     assert "step_00000004/model.safetensors is damaged" in refusal(options(resume="latest"))
+
+
+def test_resume_refuses_a_folder_whose_content_has_changed(tmp_path, options):
+    data = tmp_path / "data"
+    for name in ("cat", "dog"):
+        (data / name).mkdir(parents=True)
+        for index in range(6):
+            Image.new("RGB", (32, 32), (40 * index, 0, 0)).save(data / name / f"{index}.png")
+    run = {"dataset": data, "num_images": None}
+    main(options(**run, max_steps=1))
+    (data / "cat").rename(data / "eel")
+    message = refusal(options(**run, resume="latest", max_steps=2))
+    assert "`dataset`" in message and str(data) in message and "other training images, names or classes" in message
+    (data / "eel").rename(data / "cat")
+    main(options(**run, resume="latest", max_steps=2))
+    assert state(tmp_path / "run", 2)
+
+
+def test_pauses_do_not_count_as_training_time(tmp_path, options, monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr("freqgate_dit.training.train.time.perf_counter", lambda: float(next(now)))
+    # A preview between two log lines that takes 100 seconds.
+    monkeypatch.setattr(Trainer, "preview", lambda self: [next(now) for _ in range(100)])
+    main(options(max_steps=4, log_every=4, preview_every=2))
+    speed = next(line["images_per_second"] for line in metrics(tmp_path / "run") if "images_per_second" in line)
+    assert speed > 4 * TINY["per_device_batch_size"] / 100
 
 
 def test_folder_of_another_run_is_refused(tmp_path, options):

@@ -1,6 +1,7 @@
 """Parts of the trainer: batches, cached latents, weight average, checkpoints, validation, metrics."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -27,6 +28,7 @@ from freqgate_dit.training.checkpoints import (
 from freqgate_dit.training.config import TrainConfig
 from freqgate_dit.training.data import DataConfig, load_images
 from freqgate_dit.training.ema import NamedEMA
+from freqgate_dit.training.hardware import available_cores, use_all_cores
 from freqgate_dit.training.latents import CachedLatents, load_or_encode
 from freqgate_dit.training.report import Metrics, count_parameters, flops_per_forward
 from freqgate_dit.training.train import learning_rate
@@ -595,3 +597,21 @@ def test_learning_rate(schedule):
     else:
         assert rates[10:] == sorted(rates[10:], reverse=True)
         assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.03
+
+
+# -- hardware ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_are_those_granted_and_shared_by_the_processes(monkeypatch):
+    threads = torch.get_num_threads()
+    try:
+        # A batch system's grant on a larger machine; systems without affinity fall back to all cores.
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+        for processes, expected in ((1, 4), (2, 2), (8, 1)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+            use_all_cores()
+            assert torch.get_num_threads() == expected
+        monkeypatch.delattr(os, "sched_getaffinity")
+        assert available_cores() == os.cpu_count()
+    finally:
+        torch.set_num_threads(threads)

@@ -302,3 +302,10 @@ def test_lora(variant, tmp_path):
     other = tiny_transformer(variant)
     other.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix=None)
     torch.testing.assert_close(run(other), changed)
+
+
+def test_inspect_records_something_on_every_variant(variant):
+    model = tiny_transformer(variant)
+    with model.inspect() as recorder:
+        run(model)
+    assert recorder.records

@@ -96,7 +96,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
         ValueError: if there is none, or the one named is incomplete; says what is wrong and which could be used.
     """
     complete = complete_checkpoints(folder)
-    usable = f"Complete checkpoints of this run: {[path.name for path in complete]}."
+    usable = f"Complete checkpoints of this run: {[str(path) for path in complete]}."
     if resume != "latest":
         path = Path(resume)
         problem = why_incomplete(path)
@@ -108,7 +108,10 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
         if problem:
             print(f"skipping checkpoint {path.name}: it {problem}")
     if not complete:
-        raise ValueError(f"`resume` is 'latest', but {folder} has no complete checkpoint: start without `--resume`.")
+        raise ValueError(
+            f"`resume` is 'latest', but {folder} has no complete checkpoint: start without `--resume`, in a "
+            "folder that holds no run."
+        )
     return complete[-1]
 
 

@@ -79,7 +79,9 @@ def load_condition(config: ConditionConfig, class_names: tuple[str, ...], device
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.text_encoder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`text_encoder` ({config.text_encoder!r}) or `tokenizer` ({config.tokenizer!r}) cannot be loaded: {error}"
+            f"`text_encoder` ({config.text_encoder!r}) or `tokenizer` ({config.tokenizer!r}) cannot be loaded: "
+            f"{error} Give a folder that holds a CLIP text model or tokenizer, or a Hub id such as "
+            "openai/clip-vit-base-patch32."
         ) from error
     prompts = tuple(config.prompt_template.replace("{label}", name) for name in class_names)
     table = encode_pooled_text(tokenizer, text_encoder, [*prompts, ""]).float().to(device)

@@ -7,7 +7,9 @@ line, in this order; `TrainingRun.save` writes what came out, and that file star
 import dataclasses
 import difflib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -62,6 +64,8 @@ class ModelConfig:
         check_choice("variant", self.variant, VARIANTS)
         check_choice("activation_fn", self.activation_fn, ACTIVATIONS)
         check_range(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", least=1)
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) must be positive; 4 is usual.")
 
     def build(self, in_channels: int, sample_size: int, condition_arguments: dict):
         """The model, for inputs `(B, in_channels, sample_size, sample_size)`."""
@@ -119,6 +123,13 @@ class ObjectiveConfig:
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         check_range(self, "num_train_timesteps", least=1)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"`beta_start` ({self.beta_start}) and `beta_end` ({self.beta_end}) must satisfy "
+                "0 < beta_start <= beta_end < 1."
+            )
+        if self.logit_std <= 0:
+            raise ValueError(f"`logit_std` ({self.logit_std}) must be positive.")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"`class_dropout_prob` ({self.class_dropout_prob}) must be in [0, 1).")
 
@@ -154,7 +165,9 @@ class TrainConfig:
     weight_decay: float = knob(0.01, "Decoupled weight decay of AdamW, on matrices and vectors alike.")
     max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.")
     ema_decay: float = knob(0.9999, "Decay of the weight average; warms up as (1 + n) / (10 + n).")
-    mixed_precision: str = knob("auto", "bf16 (autocast over float32 weights), no, or auto: bf16 where it is fast.")
+    mixed_precision: str = knob(
+        "auto", "bf16 (autocast over float32 weights), no, or auto: bf16 where it is fast; not read from `accelerate`."
+    )
     cpu_threads: int | None = knob(None, "CPU threads per process; by default the cores, shared by the processes.")
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass to save memory.")
     compile: bool = knob(False, "torch.compile the repeated blocks.")
@@ -190,7 +203,7 @@ class TrainConfig:
             "cpu_threads",
             least=1,
         )
-        check_range(self, "warmup_steps", "learning_rate", "weight_decay", least=0)
+        check_range(self, "seed", "warmup_steps", "learning_rate", "weight_decay", least=0)
         if self.max_grad_norm <= 0:
             raise ValueError(
                 f"`max_grad_norm` ({self.max_grad_norm}) must be positive; use a large one for no clipping."
@@ -290,6 +303,11 @@ def load_yaml(path: str | Path) -> dict:
     return {name: convert(name, value, str(path)) for name, value in values.items()}
 
 
+def none_or(convert: Callable, text: str):
+    """A command-line value of a knob that may be unset."""
+    return None if text.lower() == "none" else convert(text)
+
+
 def parse_config(arguments: list[str] | None = None, description: str | None = None) -> TrainingRun:
     """Defaults, then the YAML file of `--config`, then the command line.
 
@@ -300,6 +318,10 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
     parser = HfArgumentParser(list(SECTIONS.values()), usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of these options; the command line overrides it.")
+    for action in parser._actions:
+        # `--vae none` takes back what a YAML file has set.
+        if type(None) in get_args(field_types().get(action.dest)):
+            action.type = partial(none_or, action.type)
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_known_args(arguments)[0]
     if given.config:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from freqgate_dit.shapes_textures import MIN_IMAGE_SIZE, ShapesTextures
@@ -321,6 +321,8 @@ def _readable(items: list[Item], read: Reader, dataset: str) -> list[Item]:
         try:
             data = read(item.key)
             _verify(data)
+        except UnidentifiedImageError:  # its message is the address of a buffer
+            return item, f"{item.name} (not an image that Pillow knows)"
         except Exception as error:  # noqa: BLE001 - Pillow's codecs raise almost anything on broken data
             return item, f"{item.name} ({type(error).__name__}: {error})"
         return item._replace(digest=hashlib.sha256(data).hexdigest()), None

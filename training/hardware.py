@@ -14,10 +14,15 @@ def bf16_is_fast(device: torch.device) -> bool:
     return False
 
 
+def available_cores() -> int:
+    """Cores that this process may run on: a batch system or a container often grants a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores(threads: int | None = None):
-    """Use `threads` CPU threads, by default all cores, shared by the processes of this machine.
+    """Use `threads` CPU threads, by default all that it may use, shared by the processes of this machine.
 
     `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves the cores idle.
     """
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, os.cpu_count() // local_processes))
+    torch.set_num_threads(threads or max(1, available_cores() // local_processes))

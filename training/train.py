@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
@@ -28,7 +28,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit import plots
 from freqgate_dit.losses import DiffusionObjective, drop_labels
-from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, vae_scale_factor
 from freqgate_dit.training.batches import DROPOUT, Batches, derived_seed
 from freqgate_dit.training.checkpoints import (
     Checkpoint,
@@ -39,7 +39,7 @@ from freqgate_dit.training.checkpoints import (
 )
 from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import ObjectiveConfig, TrainConfig, TrainingRun, parse_config
-from freqgate_dit.training.data import describe, load_images
+from freqgate_dit.training.data import LabelledImages, describe, load_images
 from freqgate_dit.training.ema import NamedEMA
 from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
 from freqgate_dit.training.latents import load_or_encode, load_vae
@@ -75,12 +75,55 @@ def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDP
     return training, sampling
 
 
+# Tokens up to which plain matrix products beat PyTorch's fused attention in training on a CPU, with its maps in memory
+# for the backward pass (benchmarks/cpu_attention.py).
+SHORT_SEQUENCE = 256
+
+
 class Trainer:
     """A run: data, model, optimiser, average, and what is done with them at the steps where it is due."""
 
     def __init__(self, config: TrainingRun):
         self.config = config
         train = config.train
+        self.output_dir = Path(train.output_dir)
+        self._start_accelerator()
+        if (self.output_dir / "config.yaml").exists() and not train.resume and not train.dry_run:
+            raise ValueError(
+                f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
+                "`--resume latest`."
+            )
+        images, heldout_images = self._load_images()
+        self.condition = load_condition(config.condition, images.class_names, self.device)
+        self.vae = load_vae(config.latents)
+        self.total_steps = train.max_steps or math.ceil(train.num_epochs * len(images) / self.global_batch_size)
+        self._build_model()
+        self._describe(len(images))
+        if train.dry_run:
+            return
+
+        self._encode(images, heldout_images)
+        self.step = 0
+        self.ema = NamedEMA(self.model, train.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=train.learning_rate,
+            betas=(0.9, train.adam_beta2),
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        if train.resume:
+            self._resume()
+        self._open_output_dir()
+        self._prepare()
+
+    # -- setting up -------------------------------------------------------------------------------------------------
+
+    def print(self, *lines: str, **kwargs):
+        self.accelerator.print(*lines, **kwargs)
+
+    def _start_accelerator(self):
+        train = self.config.train
         trackers = ("none", *(tracker.value for tracker in get_available_trackers()))
         if train.report_to not in trackers:
             # Accelerate leaves a tracker that is not installed out without a word.
@@ -88,7 +131,7 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=self._mixed_precision(),
             log_with=None if train.report_to == "none" else train.report_to,
-            project_dir=str(Path(train.output_dir) / "logs"),
+            project_dir=str(self.output_dir / "logs"),
         )
         use_all_cores(train.cpu_threads)
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -102,73 +145,57 @@ class Trainer:
         self.global_batch_size = (
             train.per_device_batch_size * self.accelerator.num_processes * train.gradient_accumulation_steps
         )
-        self.output_dir = Path(train.output_dir)
-        if (self.output_dir / "config.yaml").exists() and not train.resume and not train.dry_run:
-            raise ValueError(
-                f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
-                "`--resume latest`."
-            )
 
-        images, heldout_images = load_images(config.data)
+    def _load_images(self) -> tuple[LabelledImages, LabelledImages]:
+        images, heldout_images = load_images(self.config.data)
         if not len(heldout_images):
             raise ValueError(
                 "no image is held out, so there is nothing to validate on: set `heldout_fraction` (say 0.1) or "
                 "`heldout_per_class` above 0."
             )
         self.print(describe(images, heldout_images))
-        self.condition = load_condition(config.condition, images.class_names, self.device)
-        self.vae = load_vae(config.latents)
-        self.total_steps = train.max_steps or math.ceil(train.num_epochs * len(images) / self.global_batch_size)
-        self._build_model()
-        self.print(describe_cost(self.model, self._data_bytes(len(images))))
-        self.print(
-            f"batch           {train.per_device_batch_size} per process x {self.accelerator.num_processes} processes "
-            f"x {train.gradient_accumulation_steps} accumulation = {self.global_batch_size}; "
-            f"{self.total_steps} steps = {self.total_steps * self.global_batch_size / len(images):.1f} epochs\n"
-            f"device          {self.device}, mixed precision {self.accelerator.mixed_precision}, "
-            f"compile {'on' if train.compile else 'off'}"
-        )
-        if train.dry_run:
-            return
+        self.data_fingerprint = images.fingerprint
+        return images, heldout_images
 
-        with self.accelerator.main_process_first():
+    def _describe(self, num_images: int):
+        train, processes = self.config.train, self.accelerator.num_processes
+        self.print(
+            describe_cost(self.model, self._data_bytes(num_images)),
+            f"batch           {train.per_device_batch_size} per process x {processes} processes x "
+            f"{train.gradient_accumulation_steps} accumulation = {self.global_batch_size}; "
+            f"{self.total_steps} steps = {self.total_steps * self.global_batch_size / num_images:.1f} epochs",
+            f"device          {self.device}, mixed precision {self.accelerator.mixed_precision}, "
+            f"compile {'on' if train.compile else 'off'}",
+            sep="\n",
+        )
+
+    def _encode(self, images: LabelledImages, heldout_images: LabelledImages):
+        config, accelerator = self.config, self.accelerator
+        with accelerator.main_process_first():
             encode = partial(load_or_encode, vae=self.vae, cache_dir=config.latents.cache_dir, device=self.device)
             data = encode(images, flip=config.data.horizontal_flip)
             heldout = encode(heldout_images, flip=False)
-        self.batches = Batches(data, self.global_batch_size, train.seed, config.objective.stratified)
+        self.batches = Batches(data, self.global_batch_size, config.train.seed, config.objective.stratified)
         self.validation = Validation(
             heldout,
             self.objective.scheduler,
-            train.num_validation_images,
-            train.per_device_batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
+            config.train.num_validation_images,
+            config.train.per_device_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
 
-        self.step = 0
-        self.ema = NamedEMA(self.model, train.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=train.learning_rate,
-            betas=(0.9, train.adam_beta2),
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
-        if train.resume:
-            self._resume()
-        self._open_output_dir()
-        if self.device.type == "cpu":
+    def _prepare(self):
+        """The model as it is trained: attention for this device, checkpointing, compilation, processes."""
+        train = self.config.train
+        tokens = (self.model.config.sample_size // self.model.config.patch_size) ** 2
+        if self.device.type == "cpu" and tokens <= SHORT_SEQUENCE:
             self.model.set_attn_processor(DiTMatmulAttnProcessor())
         if train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if train.compile:
             self.model.compile_repeated_blocks(fullgraph=True)
         self.prepared_model, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
-
-    # -- setting up -------------------------------------------------------------------------------------------------
-
-    def print(self, *lines: str):
-        self.accelerator.print(*lines)
 
     def _mixed_precision(self) -> str:
         choice = self.config.train.mixed_precision
@@ -184,7 +211,7 @@ class Trainer:
         channels, size = 3, config.data.resolution
         if self.vae is not None:
             channels = self.vae.config.latent_channels
-            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            factor = vae_scale_factor(self.vae)
             if size % (factor * config.model.patch_size):
                 raise ValueError(
                     f"`resolution` ({size}) must be a multiple of {factor * config.model.patch_size}: autoencoder "
@@ -211,7 +238,7 @@ class Trainer:
         views = 2 if self.config.data.horizontal_flip else 1
         if self.vae is None:
             return count * views * sample
-        moments = 1 if type(self.vae).__name__ == "AutoencoderTiny" else 2
+        moments = 2 if isinstance(self.vae, AutoencoderKL) else 1
         return 4 * count * views * moments * sample
 
     def _open_output_dir(self):
@@ -238,6 +265,12 @@ class Trainer:
                     f"`{name}` is {now[name]!r}, but the checkpoint {folder.name} was trained with "
                     f"{then.get(name)!r}: resume with the same value."
                 )
+        # A path says nothing about what lies there by now: order and labels are those of this data alone.
+        if checkpoint.state["data_fingerprint"] != self.data_fingerprint:
+            raise ValueError(
+                f"`dataset` ({self.config.data.dataset}) holds other training images, names or classes than when the "
+                f"checkpoint {folder.name} was saved: restore them, or start a new run in another `output_dir`."
+            )
         # A step's place in the data is counted in global batches.
         size = checkpoint.state["global_batch_size"]
         if self.global_batch_size != size:
@@ -289,16 +322,18 @@ class Trainer:
 
             if self.due(config.log_every):
                 self.report(progress, terms_sum, steps_since_log, time.perf_counter() - clock, lr, grad_norm)
-                terms_sum, steps_since_log = {}, 0
+                terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
+            pause = time.perf_counter()
             if self.due(config.validate_every):
                 self.validate()
             if self.due(config.preview_every):
                 self.preview()
             if self.due(config.save_every):
+                # Weights after a gradient that is not finite are lost: they must not push out good checkpoints.
+                self.require_finite("gradient norm", grad_norm.item())
                 self.save()
-            if self.due(config.log_every):
-                # Validation, previews and saving do not count as training time.
-                clock = time.perf_counter()
+            # Validation, previews and saving do not count as training time.
+            clock += time.perf_counter() - pause
         progress.close()
         self.finish()
 
@@ -311,10 +346,13 @@ class Trainer:
         values |= {"train/lr": lr, "train/grad_norm": grad_norm.item(), "images_per_second": images_per_second}
         self.log(values)
         progress.set_postfix(loss=f"{losses['mse']:.4f}", img_s=f"{images_per_second:.0f}")
-        if not math.isfinite(losses["mse"]):
+        self.require_finite("loss", losses["mse"])
+
+    def require_finite(self, name: str, value: float):
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss is {losses['mse']} at step {self.step}: lower `learning_rate` ({lr}) and resume with "
-                "`--resume latest`."
+                f"the {name} is {value} at step {self.step}: lower `learning_rate` "
+                f"({self.config.train.learning_rate}) and resume with `--resume latest`."
             )
 
     def due(self, every: int) -> bool:
@@ -410,6 +448,7 @@ class Trainer:
                     "step": self.step,
                     "ema_updates": self.ema.optimization_step,
                     "global_batch_size": self.global_batch_size,
+                    "data_fingerprint": self.data_fingerprint,
                     "config": self.config.to_dict(),
                 },
             ).save(self.output_dir / "checkpoints", self.config.train.keep_checkpoints)

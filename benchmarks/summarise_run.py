@@ -1,0 +1,47 @@
+"""What a training run reached, as JSON: its settings, validation losses and speed.
+
+python benchmarks/summarise_run.py runs/mine --out results/mine.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+import yaml
+
+from freqgate_dit.training.report import Metrics
+
+
+# Settings that say where things lie on one machine, and nothing about the result.
+LOCAL = ("output_dir", "cache_dir", "resume", "dry_run")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="output_dir of the run")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    arguments = parser.parse_args()
+
+    settings = yaml.safe_load((arguments.run / "config.yaml").read_text())
+    series = Metrics(arguments.run / "metrics.jsonl", step=2**62).series()
+    result = {
+        "settings": {name: value for name, value in settings.items() if name not in LOCAL},
+        "validation": {name: dict(values) for name, values in series.items() if name.startswith("val_")},
+        "images_per_second_median": statistics.median(value for _, value in series["images_per_second"]),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    # A path says where data lay on one machine; its last part says what it was.
+    for name in ("dataset", "vae", "text_encoder", "tokenizer"):
+        if settings[name] and "/" in settings[name]:
+            result["settings"][name] = Path(settings[name]).name
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
