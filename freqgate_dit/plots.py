@@ -27,9 +27,9 @@ def loss_curves(series: dict[str, list[tuple[int, float]]]):
     """
     figure, (left, right) = new_figure(9, 3.6, columns=2)
     curves = (
-        ("train/mse", "training", PALETTE[5]),
-        ("val_raw/loss", "held-out, raw weights", PALETTE[0]),
-        ("val_ema/loss", "held-out, averaged weights", PALETTE[1]),
+        ("train/mse", "training, at its own timesteps", PALETTE[5]),
+        ("val_raw/loss", "held-out (uniform timesteps), raw weights", PALETTE[0]),
+        ("val_ema/loss", "held-out (uniform timesteps), averaged weights", PALETTE[1]),
     )
     for name, label, colour in curves:
         if name in series:

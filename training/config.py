@@ -4,6 +4,7 @@ A field's name is its YAML key and its command-line flag. `parse_config` merges 
 line, in this order; `TrainingRun.save` writes what came out, and that file starts the same run again.
 """
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -303,6 +304,10 @@ def load_yaml(path: str | Path) -> dict:
     return {name: convert(name, value, str(path)) for name, value in values.items()}
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Options with their defaults, the description line by line as it was written."""
+
+
 def none_or(convert: Callable, text: str):
     """A command-line value of a knob that may be unset."""
     return None if text.lower() == "none" else convert(text)
@@ -316,7 +321,13 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
     """
     # A short usage line: argparse prints it before every error.
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
-    parser = HfArgumentParser(list(SECTIONS.values()), usage=usage, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        list(SECTIONS.values()),
+        usage=usage,
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", help="YAML file of these options; the command line overrides it.")
     for action in parser._actions:
         # `--vae none` takes back what a YAML file has set.

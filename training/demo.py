@@ -113,6 +113,7 @@ def main():
     world = load_yaml(folder / "training_config.yaml")["world"]
     size = pipe.transformer.config.sample_size
 
+    print("training a classifier of structure and texture on real images")
     start = time.perf_counter()
     classifier, real_accuracy = train_factor_classifier(world=world, image_size=size)
     accuracy = {"held-out real images": real_accuracy}

@@ -478,7 +478,7 @@ class Trainer:
 
 def main(arguments: list[str] | None = None):
     try:
-        config = parse_config(arguments, description=__doc__.splitlines()[0])
+        config = parse_config(arguments, description=__doc__)
         trainer = Trainer(config)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
