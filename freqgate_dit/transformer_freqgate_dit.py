@@ -23,6 +23,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import RMSNorm
 from diffusers.utils import logging
 from torch import nn
 
@@ -112,7 +113,7 @@ class DiTMatmulAttnProcessor:
         qkv = attn.project(hidden_states, encoder_hidden_states, image_rotary_emb)
         query, key, value = (x.transpose(1, 2) for x in qkv)  # (B, heads, N, head_dim)
         weights = (query @ key.transpose(-1, -2) * attn.head_dim**-0.5).softmax(dim=-1)  # (B, heads, N, M)
-        hidden_states = weights.to(value.dtype) @ value
+        hidden_states = weights @ value
         return attn.to_out(hidden_states.transpose(1, 2).flatten(2, 3))
 
 
@@ -131,8 +132,8 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(dim, inner_dim, bias=bias)
         self.to_k = nn.Linear(dim, inner_dim, bias=bias)
         self.to_v = nn.Linear(dim, inner_dim, bias=bias)
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.norm_q = RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = RMSNorm(head_dim, eps=1e-6) if qk_norm else None
         self.to_out = nn.Linear(inner_dim, dim)
         self.set_processor(self._default_processor_cls())
 
@@ -153,7 +154,8 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        return query, key.to(query.dtype), value.to(query.dtype)
+        # Norm and rotation compute in float32.
+        return query.to(value.dtype), key.to(value.dtype), value
 
     def forward(
         self,
