@@ -219,6 +219,37 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
         """Raise `ValueError`, naming argument, value and remedy, for a call that cannot be served."""
+        self._check_condition(
+            class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
+        )
+        self._check_guidance(guidance_scale, guidance_interval, guider)
+        self._check_scheduler()
+        counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"`{name}` ({count}) must be at least 1.")
+
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        if height % multiple or width % multiple or height <= 0 or width <= 0:
+            nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+            raise ValueError(
+                f"`height` ({height}) and `width` ({width}) must be multiples of {multiple} (autoencoder factor "
+                f"{self.vae_scale_factor} x patch size {self.transformer.config.patch_size}); the nearest are "
+                f"{nearest[0]} and {nearest[1]}."
+            )
+        if seed is not None and generator is not None:
+            raise ValueError(f"`seed` ({seed}) and `generator` were both given: give only one of them.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` ({output_type!r}) must be 'pil', 'np', 'pt' or 'latent'.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; choose from {self._callback_tensor_inputs}."
+            )
+
+    def _check_condition(
+        self, class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
+    ):
         conditions = {"class_labels": class_labels, "prompt": prompt, "pooled_prompt_embeds": pooled_prompt_embeds}
         given = [name for name, value in conditions.items() if value is not None]
         if len(given) > 1:
@@ -258,20 +289,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         for name, values in conditions.items():
             if (isinstance(values, (list, tuple)) and not values) or 0 in getattr(values, "shape", ()):
                 raise ValueError(f"`{name}` is empty: give at least one.")
-        counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"`{name}` ({count}) must be at least 1.")
 
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        if height % multiple or width % multiple or height <= 0 or width <= 0:
-            nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise ValueError(
-                f"`height` ({height}) and `width` ({width}) must be multiples of {multiple} (autoencoder factor "
-                f"{self.vae_scale_factor} x patch size {self.transformer.config.patch_size}); the nearest are "
-                f"{nearest[0]} and {nearest[1]}."
-            )
-
+    def _check_guidance(self, guidance_scale: float | None, guidance_interval: tuple[float, float], guider):
         if guider is not None and guidance_scale is not None:
             raise ValueError(
                 f"`guider` and `guidance_scale` ({guidance_scale}) were both given: the guider has its own scale."
@@ -297,6 +316,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 "fractions of the steps."
             )
 
+    def _check_scheduler(self):
         prediction_type = self.scheduler.config.get("prediction_type")
         if prediction_type is None or self.scheduler.config.get("use_flow_sigmas"):
             raise ValueError(
@@ -321,15 +341,6 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"the scheduler ({type(self.scheduler).__name__}) has other betas than the one this pipeline was made "
                 "with, so the transformer would see noise levels under wrong timesteps: build it with "
                 f"`{type(self.scheduler).__name__}.from_config(...)` from the config of the pipeline's own scheduler."
-            )
-        if seed is not None and generator is not None:
-            raise ValueError(f"`seed` ({seed}) and `generator` were both given: give only one of them.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` ({output_type!r}) must be 'pil', 'np', 'pt' or 'latent'.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}; choose from {self._callback_tensor_inputs}."
             )
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
