@@ -33,17 +33,26 @@ def loss_curves(series: dict[str, list[tuple[int, float]]]):
     )
     for name, label, colour in curves:
         if name in series:
-            left.plot(*zip(*series[name], strict=True), label=label, color=colour, lw=1.5)
+            left.plot(*zip(*series[name], strict=True), label=label, color=colour, lw=1.5, marker=".", ms=4)
     left.set(xlabel="optimiser step", ylabel="mean squared error", yscale="log", title="Loss")
     left.legend(frameon=False, fontsize=8)
     quarters = sorted(name for name in series if name.startswith("val_ema/loss_t"))
     for index, name in enumerate(quarters):
         low, high = index / len(quarters), (index + 1) / len(quarters)
-        right.plot(*zip(*series[name], strict=True), label=f"t/T in [{low:g}, {high:g})", color=PALETTE[index], lw=1.5)
+        right.plot(
+            *zip(*series[name], strict=True),
+            label=f"t/T in [{low:g}, {high:g})",
+            color=PALETTE[index],
+            lw=1.5,
+            marker=".",
+        )
     right.set(xlabel="optimiser step", yscale="log", title="Held-out, averaged weights, by timestep")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
     return figure
 
 
@@ -85,7 +94,11 @@ def gate_curves(timesteps: Sequence[float], gates: np.ndarray):
     for block in range(num_blocks):
         colour = viridis(block / max(1, num_blocks - 1))
         left.plot(timesteps, gates[:, block].mean(axis=-1), color=colour, lw=1.5, label=f"block {block}")
-    left.set(xlabel="timestep (0 clean, T noise)", ylabel="gate g (1: Low, 0: High)", title="Mean over channels")
+    left.set(
+        xlabel="timestep (0 clean, T noise)",
+        ylabel="gate g (1: Low, 0: High)",
+        title="Mean over the channels of a block",
+    )
     left.legend(frameon=False, fontsize=7, ncols=2)
     middle = num_blocks // 2
     right.plot(timesteps, gates[:, middle], color=PALETTE[0], lw=0.5, alpha=0.15)

@@ -189,10 +189,12 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                     f"`class_labels` has the name {label!r}, but the classes of this model have no names: use ids "
                     f"from 0 to {self.num_classes - 1}."
                 )
-            near = difflib.get_close_matches(label, ids, n=3, cutoff=0.4)
+            containing = [name for name in ids if label.lower() in name.lower()]
+            near = (containing or difflib.get_close_matches(label, ids, n=3, cutoff=0.4))[:3]
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            shown = list(ids) if len(ids) <= 100 else [*list(ids)[:100], f"... ({len(ids)} in all)"]
-            raise ValueError(f"`class_labels` has the unknown label {label!r}.{hint} This model knows: {shown}.")
+            known = ", ".join(map(repr, list(ids)[:10]))
+            more = f" and {len(ids) - 10} more (`pipe.id2label`)" if len(ids) > 10 else ""
+            raise ValueError(f"`class_labels` has the unknown label {label!r}.{hint} This model knows {known}{more}.")
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.num_classes:
             raise ValueError(
                 f"`class_labels` has {label!r}; ids of this model are the integers from 0 to {self.num_classes - 1}."

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -571,3 +572,30 @@ def test_two_processes_train_as_one(tmp_path, options, checkout):
     one, other = state(tmp_path / "run", 3)["optimizer"], state(tmp_path / "two", 3)["optimizer"]
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_signal_saves_and_resume_goes_on(tmp_path, options, capsys):
+    """Ctrl-C in the third step: it is finished and saved, and the resumed run ends as if nothing had happened."""
+    trainer = Trainer(parse_config(options(max_steps=6)))
+    draw = trainer.batches.draw
+
+    def interrupted_draw(step):
+        if step == 2:
+            trainer.stop_on_signal(signal.SIGINT, None)
+        return draw(step)
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.batches.draw = interrupted_draw
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert "stopped and saved at step 3 of 6" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+    reset_accelerate()
+    main(options(max_steps=6, resume="latest"))
+    reset_accelerate()
+    main(options(max_steps=6, output_dir=tmp_path / "straight"))
+    for name, tensors in state(tmp_path / "straight", 6).items():
+        assert_same_tensors(tensors, state(tmp_path / "run", 6)[name])

@@ -169,7 +169,10 @@ class TrainConfig:
     mixed_precision: str = knob(
         "auto", "bf16 (autocast over float32 weights), no, or auto: bf16 where it is fast; not read from `accelerate`."
     )
-    cpu_threads: int | None = knob(None, "CPU threads per process; by default the cores, shared by the processes.")
+    cpu_threads: int | None = knob(
+        None,
+        "CPU threads per process; by default OMP_NUM_THREADS if above 1, else all cores.",
+    )
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass to save memory.")
     compile: bool = knob(False, "torch.compile the repeated blocks.")
     log_every: int = knob(50, "Steps between log lines.")
@@ -185,7 +188,8 @@ class TrainConfig:
     def __post_init__(self):
         if (self.max_steps is None) == (self.num_epochs is None):
             raise ValueError(
-                f"set exactly one of `max_steps` ({self.max_steps}) and `num_epochs` ({self.num_epochs})."
+                "say how long to train, by exactly one of `--max_steps N` and `--num_epochs N` (now "
+                f"`max_steps` {self.max_steps}, `num_epochs` {self.num_epochs})."
             )
         check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine", "linear"))
         check_choice("mixed_precision", self.mixed_precision, ("auto", "bf16", "no"))

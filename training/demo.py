@@ -76,10 +76,15 @@ def denoising_strip(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale
         callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["pred_original_sample"],
     )
-    kept = sorted({round(step) for step in np.linspace(0, len(steps) - 1, 10)})
+    kept = [*range(0, len(steps) - 1, 2), len(steps) - 1]
     rows = [[steps[step][row] for step in kept] for row in range(len(labels))]
     names = [pipe.id2label[label].replace(" ", "\n") for label in labels]
-    return plots.image_grid(rows, names, [levels[step] for step in kept], "predicted x0 while denoising")
+    return plots.image_grid(
+        rows,
+        names,
+        [levels[step] for step in kept],
+        "predicted clean image after each step",
+    )
 
 
 @torch.no_grad()
@@ -125,7 +130,7 @@ def main():
     accuracy["samples, unguided"] = score(classifier, sample(pipe, labels, 1.0), labels)
 
     real = ShapesTextures(NUM_CLASSES, image_size=size, world=world, split="test")
-    title = f"real images (left) and samples (right), guidance {arguments.guidance_scale:g}"
+    title = f"real images{' ' * 90}samples, guidance {arguments.guidance_scale:g}"
     samples_figure(real, guided, title).savefig(out / "samples.png")
     strip_labels = [row * len(TEXTURES) + (3 * row) % len(TEXTURES) for row in (0, 1, 4, 6)]
     denoising_strip(pipe, strip_labels, arguments.guidance_scale).savefig(out / "denoising.png")

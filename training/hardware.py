@@ -22,7 +22,10 @@ def available_cores() -> int:
 def use_all_cores(threads: int | None = None):
     """Use `threads` CPU threads, by default all that it may use, shared by the processes of this machine.
 
-    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves the cores idle.
+    OMP_NUM_THREADS is obeyed unless it is 1: `accelerate launch` sets it to 1 when it is not told otherwise, which
+    would leave the cores idle.
     """
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, available_cores() // local_processes))
+    asked_for = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0] or 1)
+    shared = max(1, available_cores() // local_processes)
+    torch.set_num_threads(threads or (asked_for if asked_for > 1 else shared))
