@@ -56,8 +56,9 @@ def samples_figure(real: ShapesTextures, images: np.ndarray, title: str):
     for row in range(len(STRUCTURES)):
         labels = range(row * len(TEXTURES), (row + 1) * len(TEXTURES))
         rows.append([*(real_by_label[label] for label in labels), None, *(images[label] for label in labels)])
-    columns = [name.replace("-", "\n") for name in TEXTURES]
-    return plots.image_grid(rows, STRUCTURES, [*columns, "", *columns], title)
+    names = [name.replace("-", "\n") for name in TEXTURES]
+    columns = [*(f"real\n{name}" for name in names), "", *(f"sample\n{name}" for name in names)]
+    return plots.image_grid(rows, STRUCTURES, columns, title)
 
 
 def denoising_strip(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale: float):
@@ -130,7 +131,7 @@ def main():
     accuracy["samples, unguided"] = score(classifier, sample(pipe, labels, 1.0), labels)
 
     real = ShapesTextures(NUM_CLASSES, image_size=size, world=world, split="test")
-    title = f"real images{' ' * 90}samples, guidance {arguments.guidance_scale:g}"
+    title = f"real images and samples of all classes, guidance {arguments.guidance_scale:g}"
     samples_figure(real, guided, title).savefig(out / "samples.png")
     strip_labels = [row * len(TEXTURES) + (3 * row) % len(TEXTURES) for row in (0, 1, 4, 6)]
     denoising_strip(pipe, strip_labels, arguments.guidance_scale).savefig(out / "denoising.png")
