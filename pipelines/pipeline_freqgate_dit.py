@@ -159,10 +159,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         return self.transformer.config.pooled_projection_dim is not None
 
     @property
+    def is_conditional(self) -> bool:
+        return self.num_classes is not None or self.is_text_conditional
+
+    @property
     def has_null_condition(self) -> bool:
         """Whether guidance is possible: the model is conditional and has seen the null condition in training."""
-        conditional = self.num_classes is not None or self.is_text_conditional
-        return conditional and self.config.class_dropout_prob != 0
+        return self.is_conditional and self.config.class_dropout_prob != 0
 
     # -- inputs -----------------------------------------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"this model is conditioned on text and {got}: pass `prompt` (or `pooled_prompt_embeds`)."
             )
-        if self.num_classes is None and not self.is_text_conditional and given:
+        if not self.is_conditional and given:
             raise ValueError(f"`{given[0]}` was given, but this model is unconditional: leave it out.")
         if pooled_prompt_embeds is not None:
             dim = self.transformer.config.pooled_projection_dim
@@ -306,7 +309,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         if guided and not self.has_null_condition:
             why = (
                 "was trained with `class_dropout_prob` 0, so its null condition means nothing"
-                if self.num_classes is not None or self.is_text_conditional
+                if self.is_conditional
                 else "is unconditional"
             )
             what = "`guider`" if guider is not None else f"`guidance_scale` ({guidance_scale})"

@@ -333,9 +333,10 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of these options; the command line overrides it.")
+    types = field_types()
     for action in parser._actions:
         # `--vae none` takes back what a YAML file has set.
-        if type(None) in get_args(field_types().get(action.dest)):
+        if type(None) in get_args(types.get(action.dest)):
             action.type = partial(none_or, action.type)
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_known_args(arguments)[0]

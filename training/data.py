@@ -233,7 +233,7 @@ def decode_image(data: bytes, resolution: int) -> torch.Tensor:
 
 
 def _decode_items(items: list[Item], read: Reader, resolution: int, indices: list[int]) -> torch.Tensor:
-    # Filled through NumPy: torch's own threads, started inside ours, made this ten times slower on a busy machine.
+    # Filled through NumPy: torch's own threads, started inside ours, would contend for the cores.
     batch = np.empty((len(indices), 3, resolution, resolution), dtype=np.uint8)
 
     def decode(position: int) -> None:

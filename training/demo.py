@@ -29,6 +29,7 @@ from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
 
 
 NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
+STEPS = 20
 
 
 def sample(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale: float, batch_size: int = 128) -> np.ndarray:
@@ -37,7 +38,8 @@ def sample(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale: float, 
     for start in tqdm(range(0, len(labels), batch_size), desc=f"sampling, guidance {guidance_scale:g}", unit="batch"):
         batch = labels[start : start + batch_size]
         seeds = list(range(start, start + len(batch)))
-        images.append(pipe(batch, guidance_scale=guidance_scale, seed=seeds, output_type="np").images)
+        options = {"guidance_scale": guidance_scale, "num_inference_steps": STEPS, "output_type": "np"}
+        images.append(pipe(batch, seed=seeds, **options).images)
     return np.concatenate(images)
 
 
@@ -73,6 +75,7 @@ def denoising_strip(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale
     pipe(
         labels,
         guidance_scale=guidance_scale,
+        num_inference_steps=STEPS,
         seed=0,
         callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["pred_original_sample"],
@@ -144,7 +147,7 @@ def main():
         written.append("loss.png")
     settings = {
         "images": len(labels),
-        "steps": 20,
+        "steps": STEPS,
         "scheduler": type(pipe.scheduler).__name__,
         "timestep_spacing": pipe.scheduler.config.timestep_spacing,
         "dtype": str(dtype).removeprefix("torch."),

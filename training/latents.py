@@ -82,7 +82,7 @@ def load_vae(config: LatentConfig):
             f"`vae` ({config.vae!r}) cannot be loaded as an autoencoder: {error} Give a folder with config.json and "
             "diffusion_pytorch_model.safetensors, or a Hub id such as stabilityai/sdxl-vae."
         ) from error
-    # The same numbers in the memory order that convolutions like: 1.5 times faster on a CPU.
+    # The memory order that convolutions like; the numbers stay the same to rounding.
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

@@ -44,7 +44,7 @@ from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_
 from freqgate_dit.training.ema import NamedEMA
 from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
 from freqgate_dit.training.latents import load_or_encode, load_vae
-from freqgate_dit.training.report import Metrics, describe_cost, flops_per_forward
+from freqgate_dit.training.report import Metrics, describe_cost
 from freqgate_dit.training.validation import Validation
 from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
 
@@ -75,9 +75,6 @@ def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDP
         )
     return training, sampling
 
-
-# What `make demo` reached: 3,000 steps x 16 images x 3 x 0.43 GFLOP in 263 s.
-CPU_SPEED = 0.24e12
 
 # Tokens up to which plain matrix products beat PyTorch's fused attention in training on a CPU, with its maps in memory
 # for the backward pass (benchmarks/cpu_attention.py).
@@ -168,14 +165,11 @@ class Trainer:
     def _describe(self, num_images: int):
         train, processes = self.config.train, self.accelerator.num_processes
         seen = self.total_steps * self.global_batch_size
-        flops = 3 * seen * flops_per_forward(self.model)
         self.print(
-            describe_cost(self.model, self._data_bytes(num_images)),
+            describe_cost(self.model, self._data_bytes(num_images), seen),
             f"batch           {train.per_device_batch_size} per process x {processes} processes x "
             f"{train.gradient_accumulation_steps} accumulation = {self.global_batch_size}; "
             f"{self.total_steps} steps = {seen / num_images:.1f} epochs",
-            f"whole run       {flops / 1e12:,.1f} TFLOP; at the {CPU_SPEED / 1e12:g} TFLOP/s that the demo reaches on "
-            f"two CPU cores with AMX {flops / CPU_SPEED / 3600:,.1f} hours",
             f"output          {self.output_dir}",
             f"device          {self.device}, mixed precision {self.accelerator.mixed_precision}, "
             f"compile {'on' if train.compile else 'off'}",
@@ -312,7 +306,7 @@ class Trainer:
         if self.step == 0:
             self.validate()
         terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
-        while self.step < self.total_steps and not self.stop_requested:
+        while self.step < self.total_steps:
             # Dropout draws from the global generator; all else from (seed, step).
             torch.manual_seed(derived_seed(config.seed, DROPOUT, self.step, accelerator.process_index))
             lr = learning_rate(config, self.step, self.total_steps)
@@ -340,20 +334,22 @@ class Trainer:
             if self.due(config.log_every):
                 self.report(progress, terms_sum, steps_since_log, time.perf_counter() - clock, lr, grad_norm)
                 terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
-            pause = time.perf_counter()
+            # Read once: a signal may come at any moment, and a step that is the last must be saved.
+            stopping, pause = self.stop_requested, time.perf_counter()
             if self.due(config.validate_every):
                 self.validate()
             if self.due(config.preview_every):
                 self.preview()
-            if self.due(config.save_every):
+            if self.due(config.save_every) or stopping:
                 # Weights after a gradient that is not finite are lost: they must not push out good checkpoints.
                 self.require_finite("gradient norm", grad_norm.item())
                 self.save()
             # Validation, previews and saving do not count as training time.
             clock += time.perf_counter() - pause
+            if stopping:
+                break
         progress.close()
         if self.step < self.total_steps:
-            self.save()
             self.print(f"\nstopped and saved at step {self.step} of {self.total_steps}: go on with `--resume latest`")
             self.accelerator.end_training()
             return
@@ -415,9 +411,9 @@ class Trainer:
             values |= {f"val_{name}/{key}": value for key, value in summary.items()}
         self.model.train()
         self.log(values)
-        tqdm.write(
-            f"step {self.step}: validation loss {values['val_raw/loss']:.4f} (EMA {values['val_ema/loss']:.4f})"
-        ) if self.is_main else None
+        if self.is_main:
+            raw, ema = values["val_raw/loss"], values["val_ema/loss"]
+            tqdm.write(f"step {self.step}: validation loss {raw:.4f} (EMA {ema:.4f})")
 
     @contextlib.contextmanager
     def ema_pipeline(self):
