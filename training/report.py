@@ -30,8 +30,8 @@ def flops_per_forward(model: torch.nn.Module) -> int:
     return counter.get_total_flops()
 
 
-# What `make demo` reached on two CPU cores with AMX: 3,000 steps x 16 images x 3 x 0.43 GFLOP in 263 s.
-CPU_SPEED = 0.24e12
+# What `make demo` reached on two CPU cores with AMX: 216 images/s (results/demo_run.json) x 3 x 0.43 GFLOP.
+CPU_SPEED = 0.28e12
 
 
 def describe_cost(model: torch.nn.Module, data_bytes: int, images_seen: int) -> str:
