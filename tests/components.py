@@ -140,3 +140,10 @@ def sample(pipe, *args, **kwargs) -> torch.Tensor:
     if not {"seed", "generator", "latents"} & kwargs.keys():
         kwargs["seed"] = 0
     return pipe(*args, **{"num_inference_steps": 3, "output_type": "latent", **kwargs}).images
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]):
+    """The same names, and the same bits under each."""
+    assert one.keys() == other.keys() and one
+    for name in one:
+        assert torch.equal(one[name], other[name]), name

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from components import tiny_text_encoder, tiny_tokenizer, tiny_vae_kl, tiny_vae_tiny
+from components import assert_same_tensors, tiny_text_encoder, tiny_tokenizer, tiny_vae_kl, tiny_vae_tiny
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -89,12 +89,6 @@ def state(output_dir, step):
 
 def metrics(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_tensors(one, other):
-    assert one.keys() == other.keys() and one
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def refusal(arguments):
