@@ -5,7 +5,7 @@ import torch
 
 from freqgate_dit.losses import drop_labels
 from freqgate_dit.training.batches import Batches, derived_seed
-from freqgate_dit.training.latents import CachedLatents
+from freqgate_dit.training.latents import CachedLatents, MappedRows
 
 
 def numbered(count=10, views=1, std=None):
@@ -49,6 +49,29 @@ def test_batches_depend_on_seed_and_step_alone():
     other = Batches(numbered(10, views=2, std=0.5), 4, seed=4).draw(0)
     assert not torch.equal(other.noise, batches[0].noise) and not torch.equal(other.dropout, batches[0].dropout)
     assert not torch.equal(batches[1].noise, batches[0].noise)
+
+
+def test_mapped_and_prefetched_batches_are_the_same():
+    data = numbered(10, views=2, std=0.5)
+    mapped = CachedLatents(*(MappedRows(list(x.split(3)), x.device) for x in (data.mean, data.std)), data.labels)
+    plain = Batches(data, 4, seed=3, prefetch=False)
+    for other in (
+        Batches(data, 4, seed=3, prefetch=True),
+        *(Batches(mapped, 4, 3, prefetch=p) for p in (False, True)),
+    ):
+        # In order, then as resuming, going back and repeating ask for them.
+        for step in (0, 1, 2, 3, 4, 9, 2, 2, 0, 1):
+            assert_equal_batches(other.draw(step), plain.draw(step))
+
+
+def test_prefetched_batch_may_be_changed_and_its_error_is_raised():
+    batches = Batches(numbered(10), 4, seed=0, prefetch=True)
+    expected = Batches(numbered(10), 4, seed=0).draw(1)
+    batches.draw(0).latents.zero_()
+    assert_equal_batches(batches.draw(1), expected)
+    batches.data.labels = batches.data.labels[:0]
+    with pytest.raises(IndexError):
+        batches.draw(5)
 
 
 def test_labels_belong_to_their_images():

@@ -1,6 +1,7 @@
 """Real tiny image files and parquet files, through `load_images`."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 from transformers import HfArgumentParser
 
-from freqgate_dit.training.data import DataConfig, decode_image, describe, load_images
+from freqgate_dit.training.data import DataConfig, _in_threads, decode_image, describe, load_images
+from freqgate_dit.training.image_sources import FolderReader, TableReader
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -311,27 +313,193 @@ def test_fingerprint_follows_content_and_nothing_else(folder, tmp_path):
     assert len(prints) == 6 and same.fingerprint == heldout.fingerprint
 
 
-def test_fingerprint_is_stable_across_processes(folder):
+def test_fingerprints_and_index_are_stable_across_processes(folder, tmp_path):
+    table = write_parquet(tmp_path / "x.parquet", {"image": rows("abcdef"), "label": [0, 0, 0, 1, 1, 1]})
+    expected = [part.fingerprint for data in (folder, table) for part in indexed(data, tmp_path / "cache")]
     code = (
         "import sys; from freqgate_dit.training.data import DataConfig, load_images; "
-        "print(*[part.fingerprint for part in load_images(DataConfig(dataset=sys.argv[1], resolution=8))])"
+        "from freqgate_dit.training.image_sources import TableReader; "
+        # Without the index for the folder, and for the table without reading.
+        "parts = list(load_images(DataConfig(dataset=sys.argv[1], resolution=8))); TableReader.__call__ = None; "
+        "parts += load_images(DataConfig(dataset=sys.argv[2], resolution=8), sys.argv[3]); "
+        "print(*[part.fingerprint for part in parts])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     # A relative path from another directory must not matter either.
     result = subprocess.run(
-        [sys.executable, "-c", code, folder.name],
+        [sys.executable, "-c", code, folder.name, table, str(tmp_path / "cache")],
         cwd=folder.parent,
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert result.stdout.split() == [part.fingerprint for part in load(folder)]
+    assert result.stdout.split() == expected
 
 
 def test_pickled_images_still_load(folder):
     train, _ = load(folder)
     assert torch.equal(pickle.loads(pickle.dumps(train)).images([1, 2]), train.images([1, 2]))
+
+
+# Index of what is readable
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A list that grows by the key of every image that is read."""
+    keys = []
+    for reader in (FolderReader, TableReader):
+
+        def read(self, key, read=reader.__call__):
+            keys.append(key)
+            return read(self, key)
+
+        monkeypatch.setattr(reader, "__call__", read)
+    return keys
+
+
+def indexed(dataset, cache_dir, **options):
+    return load_images(DataConfig(dataset=str(dataset), resolution=8, **options), cache_dir)
+
+
+def fingerprints(parts):
+    return [part.fingerprint for part in parts]
+
+
+def test_second_start_reads_no_file(folder, tmp_path, reads):
+    plain = load(folder)
+    assert len(reads) == 18
+    assert fingerprints(indexed(folder, tmp_path / "cache")) == fingerprints(plain) and len(reads) == 36
+    again = indexed(folder, tmp_path / "cache")
+    assert len(reads) == 36
+    assert fingerprints(again) == fingerprints(plain)
+    assert [part.names for part in again] == [part.names for part in plain]
+    # Other splits and sizes of the same files, and the same folder by another name, read nothing either.
+    other = indexed(folder, tmp_path / "cache", heldout_per_class=2)
+    assert fingerprints(other) != fingerprints(plain)
+    (tmp_path / "link").symlink_to(folder)
+    assert fingerprints(indexed(tmp_path / "link", tmp_path / "cache")) == fingerprints(plain)
+    assert len(reads) == 36 and len(list((tmp_path / "cache").rglob("*"))) == 2  # index/, and the file in it
+    assert torch.equal(again[0][3], plain[0][3])
+
+
+def test_index_holds_relative_names_and_no_path(folder, tmp_path):
+    indexed(folder, tmp_path / "cache")
+    (file,) = (tmp_path / "cache" / "index").iterdir()
+    content = file.read_text()
+    assert str(tmp_path) not in content and "photos" not in file.name + content
+    entries = json.loads(content)["entries"]
+    status = (folder / "cat" / "00.png").stat()
+    assert len(entries) == 18 and entries["cat/00.png"][:2] == [status.st_size, status.st_mtime_ns]
+
+
+def test_changed_added_and_removed_files_are_noticed(folder, tmp_path, reads):
+    def check(expected):
+        """What is read with the index, which must find what a start without it finds."""
+        reads.clear()
+        found = fingerprints(indexed(folder, tmp_path / "cache"))
+        assert reads == expected
+        assert found == fingerprints(load(folder))
+
+    indexed(folder, tmp_path / "cache")
+    check([])
+    file = folder / "dog" / "02.png"
+    write(file, 77)
+    check(["dog/02.png"])
+    # Of the same size, but written later.
+    before = file.stat()
+    file.write_bytes(encoded(picture(78)).ljust(before.st_size, b"\0")[: before.st_size])
+    os.utime(file, ns=(before.st_mtime_ns + 1,) * 2)
+    check(["dog/02.png"])
+    write(folder / "cat" / "99.png", 99)
+    check(["cat/99.png"])
+    (folder / "wild" / "03.png").unlink()
+    check([])
+    (folder / "wild" / "06.png").rename(folder / "wild" / "07.png")
+    check(["wild/07.png"])
+    (entries,) = [json.loads(path.read_text())["entries"] for path in (tmp_path / "cache" / "index").iterdir()]
+    assert len(entries) == 18 and "wild/03.png" not in entries
+
+
+def test_same_size_and_time_is_taken_for_unchanged(folder, tmp_path):
+    """As documented, and the proof that known files are not even opened."""
+    before = fingerprints(indexed(folder, tmp_path / "cache"))
+    for file in folder.rglob("*.png"):
+        status = file.stat()
+        file.write_bytes(bytes(status.st_size))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fingerprints(indexed(folder, tmp_path / "cache")) == before
+    with pytest.raises(ValueError, match="18 of 18 images cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 0, "entries": {}}'])
+def test_damaged_or_older_index_is_made_anew(folder, tmp_path, reads, content):
+    indexed(folder, tmp_path / "cache")
+    (file,) = (tmp_path / "cache" / "index").iterdir()
+    good = file.read_text()
+    file.write_text(content)
+    reads.clear()
+    indexed(folder, tmp_path / "cache")
+    assert len(reads) == 18 and file.read_text() == good
+
+
+def test_unreadable_files_are_read_and_reported_every_time(tmp_path, reads):
+    root = tmp_path / "photos"
+    for index in range(199):
+        write(root / f"{index:03d}.png", index)
+    (root / "bad.png").write_bytes(b"no")
+    for expected in (200, 1):
+        reads.clear()
+        with pytest.warns(UserWarning, match="1 of 200 images cannot be read and are left out: bad.png"):
+            train, heldout = indexed(root, tmp_path / "cache")
+        assert len(reads) == expected and len(train) + len(heldout) == 199
+    # More than 1 %: an error, but what was readable is not read again once they are gone.
+    for name in ("bad2.png", "bad3.png"):
+        (root / name).write_bytes(b"no")
+    (root / "gone.png").symlink_to(root / "nowhere")
+    write(root / "new.png", 500)
+    with pytest.raises(ValueError, match="3 of 203 images cannot be read"):
+        indexed(root, tmp_path / "cache")
+    for name in ("bad.png", "bad2.png", "bad3.png"):
+        (root / name).unlink()
+    reads.clear()
+    train, heldout = indexed(root, tmp_path / "cache")
+    assert not reads and len(train) + len(heldout) == 200
+
+
+def test_long_lists_are_checked_in_groups_and_in_order(tmp_path):
+    assert list(_in_threads(lambda value: value + 1, range(10000))) == list(range(1, 10001))
+    assert list(_in_threads(str, [])) == []
+
+
+def test_rows_of_a_table_are_read_once(tmp_path, reads):
+    path = write_parquet(tmp_path / "x.parquet", {"image": rows("abcdef"), "label": [0, 0, 0, 1, 1, 1]})
+    first = fingerprints(indexed(path, tmp_path / "cache"))
+    assert len(reads) == 6
+    assert fingerprints(indexed(path, tmp_path / "cache")) == first and len(reads) == 6
+    assert fingerprints(load(path)) == first and len(reads) == 12
+    assert str(tmp_path) not in next((tmp_path / "cache" / "index").iterdir()).read_text()
+    changed = rows("abcdef")
+    changed[0]["bytes"] = encoded(picture(77))
+    write_parquet(path, {"image": changed, "label": [0, 0, 0, 1, 1, 1]})
+    reads.clear()
+    assert fingerprints(indexed(path, tmp_path / "cache")) != first and len(reads) == 6
+
+
+def test_rows_that_name_files_are_read_every_time(tmp_path, reads):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    for index in range(4):
+        write(tmp_path / f"{index}.png", index)
+    named = [{"bytes": None, "path": str(tmp_path / f"{index}.png")} for index in range(4)]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(named, struct)}), tmp_path / "x.parquet")
+    first = fingerprints(indexed(tmp_path / "x.parquet", tmp_path / "cache"))
+    write(tmp_path / "0.png", 99)
+    assert fingerprints(indexed(tmp_path / "x.parquet", tmp_path / "cache")) != first and len(reads) == 8
 
 
 # Parquet and Hub

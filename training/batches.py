@@ -4,6 +4,7 @@ Nothing here has state to save. Resuming is asking for the next step, and any nu
 batch, because each draws all of it and takes its part.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,18 +52,31 @@ class Batches:
     Epochs are shuffled one by one and laid end to end, so every batch is full and no image is left out.
 
     Args:
-        data: the training set, on the device where the batches are wanted.
+        data: the training set, which draws on the device where the batches are wanted.
         size: images of a global batch, over all processes and accumulation steps.
         seed: of the run.
         stratified: spread the timesteps' uniforms evenly over the global batch.
+        prefetch: whether to make the batch of the next step in a thread while the step runs; the batches are the same.
+            By default on CUDA, if the data lies on the host. (On a CPU the thread would take the step's cores.)
     """
 
-    def __init__(self, data: CachedLatents, size: int, seed: int, stratified: bool = True):
+    def __init__(
+        self, data: CachedLatents, size: int, seed: int, stratified: bool = True, prefetch: bool | None = None
+    ):
         self.data = data
         self.size = size
         self.seed = seed
         self.stratified = stratified
         self._orders: dict[int, torch.Tensor] = {}
+        if prefetch is None:
+            prefetch = data.device.type == "cuda" and not data.resident
+        self._worker = ThreadPoolExecutor(1) if prefetch else None
+        self._prefetched: dict[int, Future] = {}
+        self._stream = None
+        if prefetch and data.device.type == "cuda":
+            # In the main stream the thread's kernels and copies would queue behind the step.
+            self._stream = torch.cuda.Stream(data.device)
+            self._stream.wait_stream(torch.cuda.current_stream(data.device))
 
     def order(self, epoch: int) -> torch.Tensor:
         """The permutation `(N,)` of an epoch."""
@@ -85,11 +99,36 @@ class Batches:
 
     def draw(self, step: int) -> Batch:
         """The global batch of `step`."""
+        if self._worker is None:
+            return self._make(step, self.indices(step))
+        coming = self._prefetched.pop(step, None) or self._submit(step)
+        self._prefetched = {step + 1: self._submit(step + 1)}
+        batch = coming.result()
+        if self._stream is not None:
+            # Else the allocator would give their memory to the thread's next batch while the step still reads it.
+            for tensor in (batch.latents, batch.labels, batch.noise, batch.uniform, batch.dropout):
+                if tensor is not None:
+                    tensor.record_stream(torch.cuda.current_stream(self.data.device))
+        return batch
+
+    def _submit(self, step: int) -> Future:
+        # The indices are found here, so that the thread shares nothing that changes.
+        return self._worker.submit(self._make_aside, step, self.indices(step))
+
+    def _make_aside(self, step: int, indices: torch.Tensor) -> Batch:
+        if self._stream is None:
+            return self._make(step, indices)
+        with torch.cuda.stream(self._stream):
+            batch = self._make(step, indices)
+        self._stream.synchronize()
+        return batch
+
+    def _make(self, step: int, indices: torch.Tensor) -> Batch:
         device = self.data.device
         generator = torch.Generator(device).manual_seed(derived_seed(self.seed, NOISE, step))
         uniform, dropout, flip = torch.rand(3, self.size, generator=generator, device=device)
         noise = torch.randn((self.size, *self.data.shape), generator=generator, device=device)
-        latents, labels = self.data.draw(self.indices(step), flip, generator)
+        latents, labels = self.data.draw(indices, flip, generator)
         if self.stratified:
             uniform = stratified_uniform(uniform, torch.arange(self.size, device=device), self.size)
         return Batch(latents, labels, noise, uniform, dropout)

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from freqgate_dit.shapes_textures import MIN_IMAGE_SIZE, ShapesTextures
 from freqgate_dit.training.image_sources import (
+    Index,
     Item,
     Reader,
     is_snapshot,
@@ -157,12 +158,16 @@ class LabelledImages:
         return self.load([index % len(self) for index in wanted])
 
 
-def load_images(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
+def load_images(config: DataConfig, cache_dir: str | Path | None = None) -> tuple[LabelledImages, LabelledImages]:
     """Find, check and split the images that `config` names.
 
     Every file or row is read once, to fingerprint the content and to find unreadable images: up to 1% are left out
     with a warning, more are an error. Classes without an image are left out with a warning. The parts are sorted by
     class, then by name.
+
+    With `cache_dir`, what was readable is remembered there, and files of unchanged size and modification time are not
+    read again (a file rewritten with the same size and the same time is not noticed, as with make and git). Rows of
+    parquet files and Hub data sets are not read again while `datasets` considers the files unchanged.
 
     Returns:
         The training part and the held-out part, with the same `class_names`; the latter may be empty.
@@ -182,7 +187,7 @@ def load_images(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
         rows = open_parquet(config) if kind == "parquet" else open_hub(config)
         class_names, items, read = scan_table(rows, config)
     _refuse_split_names(class_names, config.dataset)
-    items = _readable(items, read, config.dataset)
+    items = _readable(items, read, config.dataset, Index(read, cache_dir))
     class_names, items = _drop_empty_classes(class_names, items)
     return tuple(_part(class_names, part, read, config.resolution) for part in _split(class_names, items, config))
 
@@ -232,17 +237,19 @@ def decode_image(data: bytes, resolution: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
-def _decode_items(items: list[Item], read: Reader, resolution: int, indices: list[int]) -> torch.Tensor:
+def _decode_items(
+    names: list[str], keys: list[str | int], read: Reader, resolution: int, indices: list[int]
+) -> torch.Tensor:
     # Filled through NumPy: torch's own threads, started inside ours, would contend for the cores.
     batch = np.empty((len(indices), 3, resolution, resolution), dtype=np.uint8)
 
     def decode(position: int) -> None:
-        item = items[indices[position]]
+        index = indices[position]
         try:
-            batch[position] = decode_image(read(item.key), resolution).numpy()
+            batch[position] = decode_image(read(keys[index]), resolution).numpy()
         except Exception as error:  # Pillow's codecs raise almost anything on broken data
             raise ValueError(
-                f"image {item.name!r} cannot be decoded ({error}); remove or replace it, then start again."
+                f"image {names[index]!r} cannot be decoded ({error}); remove or replace it, then start again."
             ) from error
 
     if len(indices) == 1:  # a pool costs more than one image
@@ -314,23 +321,27 @@ def _refuse_split_names(class_names: tuple[str, ...], dataset: str) -> None:
         )
 
 
-def _readable(items: list[Item], read: Reader, dataset: str) -> list[Item]:
-    """Read every image once: fill in the digests and leave out, with a warning, what cannot be read."""
+def _readable(items: list[Item], read: Reader, dataset: str, index: Index) -> list[Item]:
+    """Fill in the digests and leave out, with a warning, what cannot be read; read what is not in `index`."""
 
-    def inspect(item: Item) -> tuple[Item, str | None]:
+    def inspect(item: Item) -> tuple[Item, list[int] | None, str | None]:
+        stamp = read.stamp(item.key)  # before reading, so that a change on the way is found next time
         try:
-            data = read(item.key)
-            _verify(data)
+            digest = index.find(item.key, stamp) or _checked_digest(read(item.key))
         except UnidentifiedImageError:  # its message is the address of a buffer
-            return item, f"{item.name} (not an image that Pillow knows)"
+            return item, None, f"{item.name} (not an image that Pillow knows)"
         except Exception as error:  # noqa: BLE001 - Pillow's codecs raise almost anything on broken data
-            return item, f"{item.name} ({type(error).__name__}: {error})"
-        return item._replace(digest=hashlib.sha256(data).hexdigest()), None
+            return item, None, f"{item.name} ({type(error).__name__}: {error})"
+        return item._replace(digest=digest), stamp, None
 
-    checked = tqdm(_in_threads(inspect, items), "checking images", len(items), disable=len(items) <= 2000)
-    good, bad = [], []
-    for item, problem in checked:
+    good, bad, entries = [], [], {}
+    quiet = {"disable": True} if len(items) <= 2000 else {}  # not False, which would overrule TQDM_DISABLE
+    checked = tqdm(_in_threads(inspect, items), "checking images", len(items), **quiet)
+    for item, stamp, problem in checked:
         good.append(item) if problem is None else bad.append(problem)
+        if stamp is not None:
+            entries[str(item.key)] = [*stamp, item.digest]
+    index.replace(entries)
     if len(bad) > MAX_UNREADABLE * len(items):
         raise ValueError(
             f"dataset={dataset!r}: {len(bad)} of {len(items)} images cannot be read, more than {MAX_UNREADABLE:.0%}. "
@@ -341,6 +352,11 @@ def _readable(items: list[Item], read: Reader, dataset: str) -> list[Item]:
             f"dataset={dataset!r}: {len(bad)} of {len(items)} images cannot be read and are left out: {_some(bad, 20)}"
         )
     return good
+
+
+def _checked_digest(data: bytes) -> str:
+    _verify(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _verify(data: bytes) -> None:
@@ -405,10 +421,11 @@ def _split(class_names: tuple[str, ...], items: list[Item], config: DataConfig) 
 
 
 def _part(class_names: tuple[str, ...], items: list[Item], read: Reader, resolution: int) -> LabelledImages:
-    names, labels, _, digests = ([getattr(item, name) for item in items] for name in Item._fields)
+    names, labels, keys, digests = ([getattr(item, name) for item in items] for name in Item._fields)
     fingerprint = _digest([TRANSFORM, resolution, class_names, names, labels, digests])
     labels = torch.tensor(labels, dtype=torch.int64) if class_names else None
-    load = partial(_decode_items, items, read, resolution)
+    # Without the items, whose digests would stay in memory.
+    load = partial(_decode_items, names, keys, read, resolution)
     return LabelledImages(class_names, labels, names, fingerprint, resolution, load)
 
 
@@ -418,10 +435,15 @@ def _digest(identity: list) -> str:
 
 def _in_threads(function: Callable, values: Sequence) -> Iterator:
     """`map` in order over threads (file reads, hashes and codecs release the GIL)."""
+    # A task of a pool costs as much as reading a small file: long lists go in groups.
+    size = 64 if len(values) > 4096 else 1
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         # In blocks, because `pool.map` queues everything at once.
         for start in range(0, len(values), 4096):
-            yield from pool.map(function, values[start : start + 4096])
+            block = values[start : start + 4096]
+            groups = [block[first : first + size] for first in range(0, len(block), size)]
+            for results in pool.map(lambda group: [function(value) for value in group], groups):
+                yield from results
 
 
 def _sample(part: LabelledImages, index: int) -> str:

@@ -1,11 +1,14 @@
 """Where images come from: folders, parquet files and Hub data sets, each as names, labels and a reader of bytes."""
 
 import glob
+import hashlib
+import json
 import os
+import uuid
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 if TYPE_CHECKING:
@@ -15,9 +18,6 @@ if TYPE_CHECKING:
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-Reader = Callable[[str | int], bytes]
-
-
 class Item(NamedTuple):
     name: str  # sort key of the held-out rule, shown to the user
     label: int  # -1: unconditional
@@ -25,16 +25,102 @@ class Item(NamedTuple):
     digest: str = ""  # of the encoded bytes
 
 
-# Module functions with `partial`, not closures, so that a LabelledImages can be sent to a spawned worker process.
-def _read_file(root: Path, key: str) -> bytes:
-    return (root / key).read_bytes()
+# Readers are dataclasses, not closures, so that a LabelledImages can be sent to a spawned worker process.
+@dataclass(frozen=True)
+class FolderReader:
+    """Encoded bytes of the files below `root`, by relative path."""
+
+    root: Path
+
+    def __call__(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    @property
+    def identity(self) -> str:
+        return f"folder {os.path.realpath(self.root)}"
+
+    def stamp(self, key: str) -> list[int] | None:
+        """What changes when the file does: size in bytes, modification time in ns; `None` if there is no such file."""
+        try:
+            status = os.stat(os.path.join(self.root, key))  # a Path for each would take longer than the call
+        except OSError:
+            return None
+        return [status.st_size, status.st_mtime_ns]
 
 
-def _read_row(images, column: str, key: int) -> bytes:
-    image = images[key][column]
-    if image is None:
-        raise ValueError("the image is null")
-    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+@dataclass(frozen=True)
+class TableReader:
+    """Encoded bytes of the rows of `images`, by row number."""
+
+    images: Any  # datasets.Dataset, undecoded
+    column: str
+    names_files: bool  # some rows hold the path of a file instead of its bytes
+
+    def __call__(self, key: int) -> bytes:
+        image = self.images[key][self.column]
+        if image is None:
+            raise ValueError("the image is null")
+        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+    @property
+    def identity(self) -> str:
+        # Of the files' names and modification times, by which `datasets` itself keeps what it has read.
+        return f"table {self.images._fingerprint}"
+
+    def stamp(self, key: int) -> list[int] | None:
+        """Nothing beyond the identity, for rows that hold their bytes; else `None`: files may change at any time."""
+        return None if self.names_files else []
+
+
+Reader = FolderReader | TableReader
+
+
+class Index:
+    """SHA-256 of images that could be read at an earlier start, as JSON in `cache_dir/index`; empty with `None`.
+
+    An entry counts while the reader's identity and the image's stamp are the same. The file holds keys (relative names
+    or row numbers), stamps and digests; its name is a hash of the identity.
+    """
+
+    FORMAT = 1  # raise it whenever other images would count as readable
+
+    def __init__(self, read: Reader, cache_dir: str | Path | None):
+        self.path, self.entries = None, {}
+        if cache_dir is None:
+            return
+        name = hashlib.sha256(read.identity.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+        self.path = Path(cache_dir).expanduser() / "index" / f"{name}.json"
+        try:
+            stored = json.loads(self.path.read_text())
+        except (OSError, ValueError):  # none yet, or damaged: everything is read again
+            return
+        if stored.get("format") == self.FORMAT:
+            self.entries = stored["entries"]
+
+    def find(self, key: str | int, stamp: list[int] | None) -> str | None:
+        *known, digest = self.entries.get(str(key), (None, None))
+        return digest if known == stamp else None
+
+    def replace(self, entries: dict[str, list]) -> None:
+        """Keep `{str(key): [*stamp, digest]}` from now on, and nothing else."""
+        if self.path is None or entries == self.entries:
+            return
+        self.entries = entries
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"format": self.FORMAT, "entries": entries})
+        replace_file(self.path, lambda temporary: temporary.write_text(content))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is there whole or not at all, also after a crash; of several writers the last one wins."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_snapshot(path: Path) -> bool:
@@ -45,7 +131,7 @@ def is_snapshot(path: Path) -> bool:
 
 def scan_folder(root: Path) -> tuple[tuple[str, ...], list[Item], Reader]:
     """Class names, images and their reader; classes are the subfolders, and nothing deeper carries meaning."""
-    read = partial(_read_file, root)
+    read = FolderReader(root)
     entries = [entry for entry in sorted(os.listdir(root)) if not entry.startswith(".")]
     loose = [entry for entry in entries if _is_image_name(entry) and (root / entry).is_file()]
     folders = [entry for entry in entries if (root / entry).is_dir()]
@@ -123,8 +209,12 @@ def scan_table(rows, config: "DataConfig") -> tuple[tuple[str, ...], list[Item],
     """Class names, images and their reader, of the rows of parquet files or of a Hub data set."""
     image_column, label_column = _image_column(rows, config), _label_column(rows, config)
     images = _encoded(rows, image_column)
-    class_names, items = _scan_rows(rows, images, image_column, label_column)
-    return class_names, items, partial(_read_row, images, image_column)
+    names, names_files = _row_names(images, image_column)
+    if not names:
+        raise ValueError(f"the data set has no rows: {rows}.")
+    class_names, labels = ((), [-1] * len(names)) if label_column is None else _row_labels(rows, label_column)
+    items = [Item(name, label, row) for row, (name, label) in enumerate(zip(names, labels))]
+    return class_names, items, TableReader(images, image_column, names_files)
 
 
 def _image_column(rows, config: "DataConfig") -> str:
@@ -170,19 +260,17 @@ def _encoded(rows, column: str):
         ) from error
 
 
-def _scan_rows(rows, images, image_column: str, label_column: str | None) -> tuple[tuple[str, ...], list[Item]]:
-    """Rows are named by the image's file name where one is stored, else by their zero-padded number."""
+def _row_names(images, column: str) -> tuple[list[str], bool]:
+    """The file name stored with each image, else its zero-padded row number; and whether a row lacks its bytes."""
     import pyarrow.compute as pc
 
-    names, width = [], len(str(len(rows)))
+    names, names_files, width = [], False, len(str(len(images)))
     for batch in images.with_format("arrow").iter(1000):
-        for image in pc.struct_field(batch[image_column], "path").to_pylist():
+        for image in pc.struct_field(batch[column], "path").to_pylist():
             # The last component only: a path on the machine that wrote the file means nothing here.
             names.append(PurePosixPath((image or "").replace("\\", "/")).name or f"{len(names):0{width}d}")
-    if not names:
-        raise ValueError(f"the data set has no rows: {rows}.")
-    class_names, labels = ((), [-1] * len(names)) if label_column is None else _row_labels(rows, label_column)
-    return class_names, [Item(name, label, row) for row, (name, label) in enumerate(zip(names, labels))]
+        names_files |= pc.struct_field(batch[column], "bytes").null_count > 0
+    return names, names_files
 
 
 def _row_labels(rows, column: str) -> tuple[tuple[str, ...], list[int]]:

@@ -1,40 +1,87 @@
-"""Encoded once, used by every run: the training data as latents (or pixels) on the device, cached on disk.
+"""Encoded once, used by every run: the training data as latents (or pixels), cached on disk in shards.
 
-A cache folder is named by a fingerprint of the images, their transform, the flips and the autoencoder's weights, so a
-stale one cannot be taken for a fresh one. Its manifest is written last: a folder without it is incomplete and redone.
+A cache folder is named by a fingerprint of the images, their transform, the views and the autoencoder's weights, so a
+stale one cannot be taken for a fresh one. A shard is there whole or not at all, so an interrupted encoding goes on
+where it stopped; `manifest.json` is written when all are there. Shards are mapped into memory, not read: the processes
+of a machine share one copy, and data larger than memory works.
 """
 
+import contextlib
 import hashlib
 import json
-import os
+import shutil
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers import AutoModel
+from diffusers import AutoencoderKL, AutoModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from freqgate_dit.pipelines.pipeline_freqgate_dit import encode_to_latent_moments
+from freqgate_dit.pipelines.pipeline_freqgate_dit import encode_to_latent_moments, vae_scale_factor
 from freqgate_dit.training.config import LatentConfig
 from freqgate_dit.training.data import LabelledImages
+from freqgate_dit.training.image_sources import replace_file
 
 
-FORMAT = 1
+FORMAT = 2
+# What an interrupted encoding loses at most, and holds in memory.
+MAX_SHARD_IMAGES, MAX_SHARD_BYTES = 4096, 2**28
+GIB = 2**30
+
+
+class MappedRows:
+    """Tensors on the host, as a rule files mapped into memory, as if they were one `(N, views, C, H, W)`.
+
+    `rows[indices, view]`, two tensors `(B,)`, is a new tensor `(B, C, H, W)` on `device`.
+
+    Args:
+        shards: each `(n, views, C, H, W)`, all of equal length but the last, which may be shorter.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, shards: list[torch.Tensor], device: torch.device):
+        self.shards = shards
+        self.device = device
+        self.shape = torch.Size([sum(map(len, shards)), *shards[0].shape[1:]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        size = len(self.shards[0])
+        # Row by row: the cost does not grow with the number of shards, and the mapped files are touched nowhere else.
+        rows = [self.shards[i // size][i % size, v] for i, v in zip(*(x.tolist() for x in index), strict=True)]
+        batch = torch.stack(rows)
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)  # not pinned, it would block
+        return batch.to(self.device)
 
 
 class CachedLatents:
-    """Data of a run on one device.
+    """Data of a run.
 
     Args:
-        mean: `(N, views, C, H, W)`; float32 latents or uint8 pixels. Two views are the image and its mirror image.
+        mean: `(N, views, C, H, W)`; float32 latents or uint8 pixels: a tensor on the device, or [`MappedRows`]. Two
+            views are the image and its mirror image.
         std: posterior standard deviation of the latents, of the same shape, or `None` where there is none.
-        labels: `(N,)` int64, or `None` for unlabelled data.
+        labels: `(N,)` int64 on the device, or `None` for unlabelled data.
+        mirror: whether to make the second view when drawing, which is exact for pixels; one view is stored.
     """
 
-    def __init__(self, mean: torch.Tensor, std: torch.Tensor | None = None, labels: torch.Tensor | None = None):
+    def __init__(
+        self,
+        mean: torch.Tensor | MappedRows,
+        std: torch.Tensor | MappedRows | None = None,
+        labels: torch.Tensor | None = None,
+        mirror: bool = False,
+    ):
         self.mean = mean
         self.std = std
         self.labels = labels
+        self.mirror = mirror
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -46,10 +93,13 @@ class CachedLatents:
 
     @property
     def device(self) -> torch.device:
+        """Where batches are drawn."""
         return self.mean.device
 
-    def to(self, device) -> "CachedLatents":
-        return CachedLatents(*(None if x is None else x.to(device) for x in (self.mean, self.std, self.labels)))
+    @property
+    def resident(self) -> bool:
+        """Whether the data lies on the device."""
+        return isinstance(self.mean, torch.Tensor)
 
     def draw(
         self, indices: torch.Tensor, flip: torch.Tensor, generator: torch.Generator | None
@@ -59,14 +109,17 @@ class CachedLatents:
         `flip (B,)`, uniform on [0, 1), chooses the view; `generator` draws from the posterior, anew each time (its
         mean is taken with `None`).
         """
-        indices = indices.to(self.device, non_blocking=True)
-        view = (flip * self.mean.shape[1]).long()
-        sample = self.mean[indices, view]
-        sample = sample.float() / 127.5 - 1 if sample.dtype == torch.uint8 else sample.clone()
+        on_device = indices.to(self.device, non_blocking=True)
+        where = (on_device if self.resident else indices, (flip * self.mean.shape[1]).long())
+        sample = self.mean[where]
+        if self.mirror:
+            sample = torch.where(flip[:, None, None, None] >= 0.5, sample.flip(-1), sample)
+        if sample.dtype == torch.uint8:
+            sample = sample.float() / 127.5 - 1
         if self.std is not None and generator is not None:
             noise = torch.randn(sample.shape, generator=generator, device=self.device)
-            sample += self.std[indices, view] * noise
-        return sample, None if self.labels is None else self.labels[indices]
+            sample += self.std[where] * noise
+        return sample, None if self.labels is None else self.labels[on_device]
 
 
 def load_vae(config: LatentConfig):
@@ -97,59 +150,234 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 
 @torch.no_grad()
-def encode(images: LabelledImages, vae, flip: bool, device, batch_size: int = 64) -> CachedLatents:
-    """Encode all images, and their mirror images with `flip`. Without `vae` pixels are kept as uint8."""
-    means, stds = [], []
-    for start in tqdm(range(0, len(images), batch_size), desc="encoding images", unit="batch"):
-        pixels = images.images(range(start, min(start + batch_size, len(images))))  # (B, 3, H, W) uint8
-        views = [pixels, pixels.flip(-1)] if flip else [pixels]
+def encode(
+    images: LabelledImages, indices: range, vae, flip: bool, device, batch_size: int = 64, progress: tqdm | None = None
+) -> dict[str, torch.Tensor]:
+    """Encode images: "mean" and, of an autoencoder with a posterior, "std", each `(n, views, C, H, W)` on the CPU.
+
+    With `flip` latents have two views, because an autoencoder's latents of the mirror image are not the mirrored
+    latents. Pixels (`vae=None`, uint8) have one.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for start in range(0, len(indices), batch_size):
+        pixels = images.images(indices[start : start + batch_size])  # (B, 3, H, W) uint8
         if vae is None:
-            means.append(torch.stack(views, dim=1))
-            continue
-        moments = [encode_to_latent_moments(vae, view.to(device).float() / 127.5 - 1) for view in views]
-        means.append(torch.stack([mean for mean, _ in moments], dim=1).cpu())
-        if moments[0][1] is not None:
-            stds.append(torch.stack([std for _, std in moments], dim=1).cpu())
-    return CachedLatents(torch.cat(means), torch.cat(stds) if stds else None, images.labels)
+            batch = {"mean": pixels[:, None]}
+        else:
+            views = [pixels, pixels.flip(-1)] if flip else [pixels]
+            moments = [encode_to_latent_moments(vae, view.to(device).float() / 127.5 - 1) for view in views]
+            batch = {
+                name: torch.stack(values, dim=1).cpu()
+                for name, values in zip(("mean", "std"), zip(*moments, strict=True), strict=True)
+                if values[0] is not None
+            }
+        for name, tensor in batch.items():
+            parts.setdefault(name, []).append(tensor)
+        if progress is not None:
+            progress.update(len(pixels))
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def load_or_encode(images: LabelledImages, vae, flip: bool, cache_dir: str | Path, device) -> CachedLatents:
-    """The encoded images, from the cache if it holds them, on `device`."""
-    identity = {
-        "format": FORMAT,
-        "images": images.fingerprint,
-        "vae": None if vae is None else weights_fingerprint(vae),
-        "flip": flip,
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    folder = Path(cache_dir).expanduser() / key
-    tensors_file, manifest_file = folder / "latents.safetensors", folder / "manifest.json"
+def data_bytes(num_images: int, resolution: int, vae, flip: bool) -> int:
+    """Bytes of the cached data of `num_images`, on disk and, where it is resident, on the device."""
+    if vae is None:
+        return num_images * 3 * resolution**2
+    moments = 2 if isinstance(vae, AutoencoderKL) else 1
+    side = resolution // vae_scale_factor(vae)
+    return num_images * (2 if flip else 1) * moments * vae.config.latent_channels * side**2 * 4
 
-    if manifest_file.is_file() and tensors_file.is_file():
-        manifest = json.loads(manifest_file.read_text())
-        if manifest["identity"] == identity and tensors_file.stat().st_size == manifest["bytes"]:
-            return CachedLatents(**{"std": None, "labels": None, **load_file(tensors_file)}).to(device)
-        print(f"the latent cache {folder.name} is damaged or stale: encoding again")
 
-    if vae is not None:
-        vae.to(device)
-    latents = encode(images, vae, flip, device)
-    tensors = {"mean": latents.mean, "std": latents.std, "labels": latents.labels}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    folder.mkdir(parents=True, exist_ok=True)
-    # The process number keeps two runs that encode the same data apart; the last rename wins with equal content.
-    for path, write in (
-        (tensors_file, lambda file: save_file(tensors, file)),
-        (
-            manifest_file,
-            lambda file: file.write_text(
-                json.dumps(
-                    {"identity": identity, "bytes": tensors_file.stat().st_size, "images": len(images)}, indent=2
-                )
-            ),
-        ),
-    ):
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        write(temporary)
-        os.replace(temporary, path)
-    return latents.to(device)
+class LatentCache:
+    """The encoded images of one data set, in a folder of `cache_dir`.
+
+    The processes of a machine share the work: each calls `encode`, waits until all have, then calls `load`. Runs that
+    know nothing of each other may encode the same data at once: each shard is whole, whoever wrote it.
+
+    Args:
+        images: what to encode.
+        vae: the autoencoder, or `None` for pixels.
+        flip: whether mirror images belong to the data.
+        cache_dir: folder of all caches.
+        shard_size: images of a shard; by default as many as fit in 256 MiB, at most 4096.
+    """
+
+    def __init__(self, images: LabelledImages, vae, flip: bool, cache_dir: str | Path, shard_size: int | None = None):
+        self.images, self.vae, self.flip, self.cache_dir = images, vae, flip, cache_dir
+        self.bytes_per_image = data_bytes(1, images.resolution, vae, flip)
+        self.shard_size = shard_size or min(MAX_SHARD_IMAGES, max(1, MAX_SHARD_BYTES // self.bytes_per_image))
+        self.identity = {
+            "format": FORMAT,
+            "images": images.fingerprint,
+            "vae": None if vae is None else weights_fingerprint(vae),
+            "flip": flip and vae is not None,  # pixels are mirrored when they are drawn
+            "shard_size": self.shard_size,
+        }
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:20]
+        self.folder = Path(cache_dir).expanduser() / key
+        self.num_shards = -(-len(images) // self.shard_size)
+
+    def encode(self, device, process: int = 0, num_processes: int = 1) -> None:
+        """Encode what is missing or damaged of the shards `process`, `process + num_processes`, ...
+
+        Raises:
+            ValueError: if the disk has no room for what is missing, or an image cannot be decoded.
+        """
+        missing = self.missing()
+        if process == 0:
+            self._announce(missing)
+        if missing:
+            self._require_space(missing)
+            self._encode_shards([shard for shard in missing if shard % num_processes == process], device, process)
+        # Whoever is last finds all there. Two that are last at once write the same.
+        if (missing or not self._manifest.is_file()) and not self.missing():
+            self._finish()
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are absent or damaged, by size and header."""
+        return [shard for shard in range(self.num_shards) if not _is_whole(self._path(shard), len(self._rows(shard)))]
+
+    def load(self, device, resident: bool | None = None) -> CachedLatents:
+        """The data of all shards, for batches on `device`.
+
+        Args:
+            device: where batches are wanted.
+            resident: whether to hold all of it on `device`. By default on CUDA, if that takes no more than half of
+                the free memory. Else the files stay mapped on the host.
+
+        Raises:
+            RuntimeError: if shards are missing.
+        """
+        missing = self.missing()
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {self.num_shards} shards of the cache {self.folder.name} are missing: every "
+                "process must have encoded its shards before any loads them."
+            )
+        device = torch.device(device)
+        if resident is None:
+            resident = device.type == "cuda" and self.num_bytes <= torch.cuda.mem_get_info(device)[0] / 2
+        shards = [load_file(self._path(shard)) for shard in range(self.num_shards)]  # on a CPU mapped, not read
+        gather = _concatenated if resident else MappedRows
+        data = {name: gather([shard[name] for shard in shards], device) for name in shards[0]}
+        labels = None if self.images.labels is None else self.images.labels.to(device)
+        return CachedLatents(**data, labels=labels, mirror=self.flip and self.vae is None)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.images) * self.bytes_per_image
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard_{shard:05d}.safetensors"
+
+    def _rows(self, shard: int) -> range:
+        return range(len(self.images))[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def _announce(self, missing: list[int]) -> None:
+        if missing and self._manifest.is_file():
+            tqdm.write(f"cache {self.folder.name}: encoding {len(missing)} damaged of {self.num_shards} shards again")
+        elif 0 < len(missing) < self.num_shards:
+            done = self.num_shards - len(missing)
+            tqdm.write(f"cache {self.folder.name}: going on after {done} of {self.num_shards} shards")
+
+    def _require_space(self, missing: list[int]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = sum(len(self._rows(shard)) for shard in missing) * self.bytes_per_image
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"`cache_dir` ({self.cache_dir}) needs {needed / GIB:.2f} GiB for the encoded images, but its disk "
+                f"has {free / GIB:.2f} GiB free: make room, or choose a folder on another disk."
+            )
+
+    def _encode_shards(self, shards: list[int], device, process: int) -> None:
+        if self.vae is not None:
+            self.vae.to(device)
+        total = sum(len(self._rows(shard)) for shard in shards)
+        quiet = {"disable": True} if process > 0 else {}  # not False, which would overrule TQDM_DISABLE
+        with tqdm(total=total, desc="encoding images", unit="image", **quiet) as progress:
+            for shard in shards:
+                tensors = encode(self.images, self._rows(shard), self.vae, self.flip, device, progress=progress)
+                replace_file(self._path(shard), lambda temporary, tensors=tensors: save_file(tensors, temporary))
+
+    def _finish(self) -> None:
+        manifest = {
+            "identity": self.identity,
+            "images": len(self.images),
+            "bytes": {path.name: path.stat().st_size for path in map(self._path, range(self.num_shards))},
+        }
+        replace_file(self._manifest, lambda temporary: temporary.write_text(json.dumps(manifest, indent=2)))
+        # What killed runs left behind. A file that another run writes right now is younger than an hour.
+        for path in self.folder.glob("*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                if path.stat().st_mtime < time.time() - 3600:
+                    path.unlink()
+
+
+def load_or_encode(
+    images: LabelledImages, vae, flip: bool, cache_dir: str | Path, device, resident: bool | None = None
+) -> CachedLatents:
+    """The encoded images, from the cache as far as it holds them, in a run of one process."""
+    cache = LatentCache(images, vae, flip, cache_dir)
+    cache.encode(device)
+    return cache.load(device, resident)
+
+
+def _is_whole(path: Path, rows: int) -> bool:
+    try:
+        # Refuses a file that is shorter or longer than its header says.
+        with safe_open(path, "pt") as file:
+            return file.get_slice("mean").get_shape()[0] == rows
+    except (OSError, SafetensorError):
+        return False
+
+
+def _concatenated(shards: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    # Not torch.cat, which would need all of it twice.
+    whole = torch.empty((sum(map(len, shards)), *shards[0].shape[1:]), dtype=shards[0].dtype, device=device)
+    for part, shard in zip(whole.split(len(shards[0])), shards, strict=True):
+        part.copy_(shard)
+    return whole
+
+
+class LatentStatistics(NamedTuple):
+    """Mean and standard deviation of latents, over all values and per channel."""
+
+    mean: float
+    std: float
+    channel_mean: list[float]
+    channel_std: list[float]
+
+
+def latent_statistics(data: CachedLatents, num_samples: int = 4096, batch_size: int = 256) -> LatentStatistics:
+    """Statistics of a fixed random choice of up to `num_samples` images, with the posterior's noise, not mirrored."""
+    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:num_samples]
+    generator = torch.Generator(data.device).manual_seed(0)
+    total, squares = torch.zeros(2, data.shape[0], dtype=torch.float64)
+    for part in indices.split(batch_size):
+        sample, _ = data.draw(part, torch.zeros(len(part), device=data.device), generator)
+        sample = sample.cpu().double()
+        total += sample.sum(dim=(0, 2, 3))
+        squares += sample.square().sum(dim=(0, 2, 3))
+    count = len(indices) * data.shape[1] * data.shape[2]
+    mean, square = total / count, squares / count
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    overall = (square.mean() - mean.mean().square()).clamp(min=0).sqrt()
+    return LatentStatistics(mean.mean().item(), overall.item(), mean.tolist(), std.tolist())
+
+
+def scale_warning(std: float) -> str | None:
+    """What to tell the user about latents whose standard deviation is outside [0.5, 2]; `None` within.
+
+    Noise schedules are made for data of unit variance, to which Rombach et al. 2022 (arXiv:2112.10752) scale latents.
+    """
+    if 0.5 <= std <= 2:
+        return None
+    advice = f"multiply it by {1 / std:.3g}" if std > 0 else "check that the images are not all of one colour"
+    return (
+        f"the latents have a standard deviation of {std:.3g}, but the noise schedule expects about 1: check "
+        f"`scaling_factor` in the autoencoder's config.json ({advice}), then start a new run."
+    )
