@@ -189,6 +189,15 @@ class Modulation(nn.Module):
         return self.linear(conditioning)[:, None]
 
 
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`hidden_states * (1 + scale) + shift` in the dtype of `shift`: `(B, N, D)`, `(B, 1, D)`, `(B, 1, D)`.
+
+    Under autocast the norm's output is float32, the modulation has the dtype of the products that follow: casting here
+    is done once, not once for each of query, key and value.
+    """
+    return torch.addcmul(shift, hidden_states.to(shift.dtype), 1 + scale)
+
+
 class DiTBlock(nn.Module):
     """Pre-norm transformer block: self-attention and MLP, no conditioning of its own. Base of the variants.
 
@@ -282,9 +291,9 @@ class AdaLNZeroDiTBlock(DiTBlock):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(self.mix(temb, cond)).chunk(
             6, dim=-1
         )  # each (B, 1, D)
-        residual = self.attn(self.norm1(hidden_states) * (1 + scale_msa) + shift_msa, None, image_rotary_emb)
+        residual = self.attn(modulate(self.norm1(hidden_states), shift_msa, scale_msa), None, image_rotary_emb)
         hidden_states = hidden_states + gate_msa * residual
-        residual = self.ff(self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp)
+        residual = self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp * residual
 
 
@@ -634,6 +643,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         batch_size, device, dtype = hidden_states.shape[0], hidden_states.device, hidden_states.dtype
         rows, columns = self.token_grid(hidden_states)
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
+        # The residual stream keeps this memory order through all blocks, where norms would have to undo the transpose.
+        tokens = tokens.contiguous()
         tokens = tokens + sincos_position_embedding(rows, columns, tokens.shape[-1], device).to(dtype)
         temb = self.embed_timestep(timestep, batch_size, device, dtype)  # (B, D)
         cond = self.embed_condition(class_labels, pooled_projections, temb)  # (B, D)
@@ -657,7 +668,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         tokens = self.norm_out(tokens[:, :num_patches])  # (B, N, D)
         if self.modulation_out is not None:
             shift, scale = self.modulation_out(temb + cond).chunk(2, dim=-1)  # (B, 1, D)
-            tokens = tokens * (1 + scale) + shift
+            tokens = modulate(tokens, shift, scale)
         sample = self.unpatchify(self.proj_out(tokens), rows, columns)  # (B, C, H, W)
 
         if not return_dict:

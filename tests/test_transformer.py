@@ -19,6 +19,7 @@ from transformer_cases import (
     untrained,
 )
 
+from freqgate_dit import VARIANTS
 from freqgate_dit.transformer_freqgate_dit import (
     Modulation,
 )
@@ -263,3 +264,17 @@ def test_in_context_tokens_join_and_leave():
     assert shapes == [(2, 26, 32), (2, 26, 32), (2, 24, 32)]
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("variant", ["adaln_zero", "freq_gate"])
+def test_autocast_casts_what_query_key_and_value_share_once(variant):
+    model = VARIANTS[variant](num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=3)
+    seen = []
+    model.transformer_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.transformer_blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 4, 16, 16), torch.tensor([1.0, 900.0]), torch.tensor([0, 3]))
+    residual, attention = seen
+    # The residual stream stays float32, in the memory order that norms read.
+    assert residual.dtype == torch.float32 and residual.is_contiguous()
+    assert attention.dtype == torch.bfloat16
