@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from freqgate_dit import VARIANTS
-from freqgate_dit.training.report import count_parameters, flops_per_forward
+from freqgate_dit.training.cost import count_parameters, flops_per_forward
 
 
 # Hidden 512, 8 heads, patch 2, 4 x 16 x 16 latents, text embedding of 256: the constructor's defaults and these.

@@ -15,7 +15,8 @@ import torch
 
 from freqgate_dit import VARIANTS
 from freqgate_dit.training.config import parse_config
-from freqgate_dit.training.report import Metrics, count_parameters, flops_per_forward
+from freqgate_dit.training.cost import count_parameters, flops_per_forward
+from freqgate_dit.training.logbook import JsonLines
 from freqgate_dit.training.train import Trainer
 
 
@@ -48,7 +49,7 @@ def main():
             trainer = Trainer(parse_config([f"--{name}={value}" for name, value in options.items()]))
             start = time.perf_counter()
             trainer.train()
-            series = Metrics(Path(folder) / "run" / "metrics.jsonl", arguments.steps).series()
+            series = JsonLines(Path(folder) / "run" / "metrics.jsonl", arguments.steps).series()
         rows[variant] = {
             "parameters": count_parameters(trainer.model),
             "gflops_forward": flops_per_forward(trainer.model) / 1e9,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from freqgate_dit.training.report import Metrics
+from freqgate_dit.training.logbook import JsonLines
 
 
 # Settings that say where things lie on one machine, and nothing about the result.
@@ -26,7 +26,7 @@ def main():
     arguments = parser.parse_args()
 
     settings = yaml.safe_load((arguments.run / "config.yaml").read_text())
-    series = Metrics(arguments.run / "metrics.jsonl", step=2**62).series()
+    series = JsonLines(arguments.run / "metrics.jsonl", step=2**62).series()
     result = {
         "settings": {name: value for name, value in settings.items() if name not in LOCAL},
         "validation": {name: dict(values) for name, values in series.items() if name.startswith("val_")},

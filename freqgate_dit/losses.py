@@ -159,6 +159,11 @@ class DiffusionObjective:
             self.logit_std,
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the loss terms, in their order."""
+        return ("mse", "spectral") if self.spectral_weight else ("mse",)
+
     def terms(
         self, denoise: Callable, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:

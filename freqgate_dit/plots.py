@@ -3,6 +3,8 @@
 Colours are the Okabe-Ito palette, which colour-blind readers can tell apart.
 """
 
+import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,41 +21,156 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **k
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
-def loss_curves(series: dict[str, list[tuple[int, float]]]):
-    """Training loss, and validation loss of raw and averaged weights, over steps.
+def loss_curves(series: dict[str, list[tuple[int, float]]], label_entropy: float | None = None):
+    """Training loss, validation loss of raw and averaged weights, and how much the condition tells, over steps.
 
     Args:
-        series: name -> `[(step, value), ...]`, as in `metrics.jsonl`.
+        series: name -> `[(step, value), ...]`, as in `metrics.jsonl`. The panel of the condition is left out without
+            "val_ema/information_nats".
+        label_entropy: in nats, the most that a condition can tell; drawn as a line.
     """
-    figure, (left, right) = new_figure(9, 3.6, columns=2)
-    curves = (
-        ("train/mse", "training, at its own timesteps", PALETTE[5]),
-        ("val_raw/loss", "held-out (uniform timesteps), raw weights", PALETTE[0]),
-        ("val_ema/loss", "held-out (uniform timesteps), averaged weights", PALETTE[1]),
-    )
-    for name, label, colour in curves:
-        if name in series:
-            left.plot(*zip(*series[name], strict=True), label=label, color=colour, lw=1.5, marker=".", ms=4)
-    left.set(xlabel="optimiser step", ylabel="mean squared error", yscale="log", title="Loss")
-    left.legend(frameon=False, fontsize=8)
-    quarters = sorted(name for name in series if name.startswith("val_ema/loss_t"))
-    for index, name in enumerate(quarters):
-        low, high = index / len(quarters), (index + 1) / len(quarters)
-        right.plot(
-            *zip(*series[name], strict=True),
-            label=f"t/T in [{low:g}, {high:g})",
-            color=PALETTE[index],
-            lw=1.5,
-            marker=".",
-        )
-    right.set(xlabel="optimiser step", yscale="log", title="Held-out, averaged weights, by timestep")
-    right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
+    informed = "val_ema/information_nats" in series
+    figure, panels = new_figure(13.5 if informed else 9, 3.6, columns=3 if informed else 2)
+    _draw_losses(panels[0], series)
+    _draw_timestep_losses(panels[1], series)
+    if informed:
+        _draw_information(panels[2], series, label_entropy)
+    for axes in panels:
+        axes.set_xlabel("optimiser step")
         axes.grid(alpha=0.3)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=7)
+    for axes in panels[:2]:
+        _label_log_scale(axes)
     return figure
+
+
+def _label_log_scale(axes):
+    """A logarithmic y axis with plain numbers, between the powers of ten too where there is room."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+
+
+def _draw_losses(axes, series: dict):
+    curves = (
+        ("train/mse", "training, at its own timesteps", PALETTE[5], "-"),
+        ("val_raw/loss", "held-out (uniform timesteps), raw weights", PALETTE[0], "-"),
+        ("val_ema/loss", "held-out, averaged weights", PALETTE[1], "-"),
+        ("val_ema/null_loss", "held-out, averaged weights, null condition", PALETTE[6], ":"),
+    )
+    for name, label, colour, style in curves:
+        if name in series:
+            axes.plot(*zip(*series[name], strict=True), style, label=label, color=colour, lw=1.5, marker=".", ms=4)
+    axes.set(ylabel="mean squared error", title="Loss")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_timestep_losses(axes, series: dict):
+    """A line per timestep bin, coloured by its place in the schedule."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+
+    names = {}
+    for name in series:
+        if match := re.fullmatch(r"val_ema/loss_t(\d+)of(\d+)", name):
+            index, num_bins = map(int, match.groups())
+            names[index] = name
+    axes.set_title("Held-out, averaged weights, by timestep")
+    if not names:
+        return
+    edges = np.linspace(0, 1, num_bins + 1)
+    colours = ScalarMappable(BoundaryNorm(edges, 256), "viridis")
+    for index, name in sorted(names.items()):
+        colour = colours.to_rgba((index - 0.5) / num_bins)
+        axes.plot(*zip(*series[name], strict=True), label=f"bin {index}", color=colour, lw=1.5, marker=".", ms=4)
+    axes.figure.colorbar(colours, ax=axes, label="t/T (0 clean, 1 noise)", ticks=edges[:: max(1, num_bins // 5)])
+
+
+def _draw_information(axes, series: dict, label_entropy: float | None):
+    steps, values = zip(*series["val_ema/information_nats"], strict=True)
+    # A standard error needs two images in a bin: it can be missing.
+    errors = dict(series.get("val_ema/information_nats_se", []))
+    errors = [errors.get(step, 0) for step in steps]
+    axes.errorbar(
+        steps, values, errors, color=PALETTE[2], lw=1.5, marker=".", ms=4, capsize=2, label="J ± standard error"
+    )
+    if label_entropy is not None:
+        axes.axhline(label_entropy, color=PALETTE[6], ls="--", lw=1, label=f"label entropy {label_entropy:.2f}")
+    axes.set(ylabel="J, nats", title="Information of the condition that is used")
+    axes.set_ylim(bottom=min(0, *axes.get_ylim()))
+    axes.legend(frameon=False, fontsize=8)
+
+
+def validation_heatmap(result: dict, title: str = ""):
+    """Where in noise and frequency the error lies, and where the condition is used.
+
+    Args:
+        result: `ValidationResult.to_json()`: the left panel is its "table", the right one its "information_table" (in
+            nats, adding up to J), which is left out without null condition.
+        title: of the figure.
+    """
+    from matplotlib.colors import CenteredNorm, LogNorm
+
+    informed = result["information_table"] is not None
+    table = _array(result["table"])
+    num_bins, num_bands = table.shape
+    width, height = max(4.4, 0.72 * num_bands + 2.2), 0.36 * num_bins + 1.5
+    figure, panels = new_figure(width * (1 + informed), height, columns=1 + informed, squeeze=False)
+    image = _draw_cells(panels[0, 0], result, table, LogNorm(*_log_limits(table)), "viridis", ".2g")
+    figure.colorbar(image, ax=panels[0, 0], label="mean squared error of the prediction")
+    panels[0, 0].set_title(f"Loss {_number(result['loss'], '.4g')}", fontsize=10)
+    if informed:
+        table = _array(result["information_table"])
+        largest = np.abs(table[np.isfinite(table)]).max(initial=0) or 1
+        decimals = max(0, 1 - math.floor(math.log10(largest)))
+        image = _draw_cells(panels[0, 1], result, table, CenteredNorm(halfrange=largest), "PuOr_r", f"z.{decimals}f")
+        figure.colorbar(image, ax=panels[0, 1], label="nats, adding up to J")
+        panels[0, 1].set_title(_information_title(result), fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _array(table: list[list[float | None]]) -> np.ndarray:
+    return np.array(table, dtype=float)  # None becomes NaN
+
+
+def _log_limits(table: np.ndarray) -> tuple[float, float]:
+    positive = table[table > 0]
+    return (positive.min(), positive.max()) if positive.size else (0.1, 1)
+
+
+def _number(value: float | None, form: str) -> str:
+    """As text; what JSON could not hold is None."""
+    return "not finite" if value is None else format(value, form)
+
+
+def _information_title(result: dict) -> str:
+    """J with its standard error and ceiling."""
+    text = f"Information J = {_number(result['information'], '.2f')}"
+    if result["information_se"] is not None:
+        text += f" ± {result['information_se']:.2f}"
+    text += " nats"
+    if result["label_entropy"] is not None:
+        text += f" (label entropy {result['label_entropy']:.2f})"
+    return text
+
+
+def _draw_cells(axes, result: dict, table: np.ndarray, norm, colours: str, form: str):
+    """`table (bins, bands)` as an image, noise at the top, with the values written in the cells by format `form`."""
+    num_bins, num_bands = table.shape
+    image = axes.imshow(table, norm=norm, cmap=colours, aspect="auto", origin="lower")
+    for (row, column), value in np.ndenumerate(table):
+        if np.isfinite(value):
+            luminance = np.dot(image.to_rgba(value)[:3], (0.2126, 0.7152, 0.0722))
+            colour = "black" if luminance > 0.45 else "white"
+            axes.text(column, row, format(value, form), color=colour, ha="center", va="center", fontsize=8)
+    edges = np.ceil(np.arange(num_bins + 1) * result["num_train_timesteps"] / num_bins).astype(int)
+    axes.set_yticks(np.arange(num_bins + 1) - 0.5, edges)
+    axes.set_xticks(range(num_bands), result["bands"])
+    axes.set(xlabel="spatial frequency, cycles per image", ylabel="timestep (0 clean, T noise)")
+    return image
 
 
 def image_grid(rows: Sequence[Sequence], row_labels: Sequence[str], column_labels: Sequence[str], title: str = ""):

@@ -70,6 +70,37 @@ def radial_frequency(height: int, width: int, device: torch.device | str | None 
     return torch.hypot(rows[:, None], columns[None, :])
 
 
+def octave_edges(height: int, width: int) -> list[int]:
+    """Limits of the frequency bands of an image, in cycles per image: `[0, 1, 2, 4, 8, ...]`.
+
+    The last band is the octave that ends at or beyond the Nyquist frequency of the longer axis,
+    `max(height, width) / 2`. So 32 x 32 has `[0, 1, 2, 4, 8, 16]`, and every band holds at least one coefficient.
+    """
+    edges = [0, 1]
+    while edges[-1] < max(height, width) / 2:
+        edges.append(2 * edges[-1])
+    return edges
+
+
+def octave_labels(height: int, width: int) -> list[str]:
+    """Names of the bands of `octave_bands` in cycles per image: `["0-1", "1-2", "2-4", ...]`."""
+    edges = octave_edges(height, width)
+    return [f"{low}-{high}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def octave_bands(height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Octave band of every DCT index, by its radial frequency (see `radial_frequency`).
+
+    Band 0 is below 1 cycle per image (the mean, and half a cycle over one axis or both), band b is
+    `[2**(b - 1), 2**b)`. The last band also holds the corner, whose frequency exceeds that of either axis.
+
+    Returns:
+        int64 tensor of shape (height, width) with values 0 to `len(octave_edges(height, width)) - 2`.
+    """
+    limits = torch.tensor(octave_edges(height, width)[1:-1], dtype=torch.float32, device=device)
+    return torch.bucketize(radial_frequency(height, width, device), limits, right=True)
+
+
 def _transform(x: torch.Tensor, inverse: bool) -> torch.Tensor:
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(

@@ -1,5 +1,6 @@
 """Checkpoints: complete or not counted."""
 
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from components import assert_same_tensors, tiny_transformer
 from freqgate_dit.training.checkpoints import (
     MANIFEST,
     Checkpoint,
+    CheckpointError,
     checkpoint_folders,
     complete_checkpoints,
     find_checkpoint,
@@ -112,6 +114,26 @@ def test_rotation_keeps_the_newest_by_number(tmp_path):
     assert find_checkpoint("latest", tmp_path).name == "step_00001000"
 
 
+def test_rotation_keeps_every_multiple(tmp_path):
+    for step in range(1, 11):
+        checkpoint(step).save(tmp_path, keep=2, keep_every=4)
+    assert steps_in(tmp_path) == [4, 8, 9, 10]
+    # Beyond the step that a run was resumed at, multiples go as well.
+    checkpoint(7).save(tmp_path, keep=1, keep_every=4)
+    assert steps_in(tmp_path) == [4, 7]
+
+
+def test_rotation_takes_the_name_before_it_deletes(tmp_path, monkeypatch):
+    """A run killed while it deletes an old checkpoint leaves nothing that looks like one."""
+    save(tmp_path, 1, 2)
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **more: None)
+    save(tmp_path, 3, keep=2)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step_00000002", "step_00000003"]
+    monkeypatch.undo()
+    save(tmp_path, 4, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
 def test_rotation_does_not_count_incomplete_checkpoints(tmp_path):
     first, second = save(tmp_path, 1, 2)
     damage_checkpoint(second, "no manifest")
@@ -130,6 +152,76 @@ def test_same_step_is_replaced(tmp_path):
     checkpoint(5, value=1.0).save(tmp_path, keep=2)
     path = checkpoint(5, value=2.0).save(tmp_path, keep=2)
     assert torch.equal(load_checkpoint(path, "cpu").tensors["model"]["w"], torch.full((3, 2), 2.0))
+
+
+# -- what a killed or failing save leaves ---------------------------------------------------------------------------
+
+
+def value_in(path):
+    return load_checkpoint(path, "cpu").tensors["model"]["w"][0, 0].item()
+
+
+def test_leftovers_of_killed_saves_are_cleared(tmp_path):
+    (path,) = save(tmp_path, 1)
+    for name in ("step_00000002.tmp", "step_00000003.tmp", "step_00000001.replaced"):
+        shutil.copytree(path, tmp_path / name)
+    save(tmp_path, 4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_00000001", "step_00000004"]
+
+
+@pytest.mark.parametrize("then", [lambda folder: find_checkpoint("latest", folder), lambda folder: save(folder, 6)])
+def test_a_replacement_killed_between_its_renames_is_undone(tmp_path, then):
+    path = checkpoint(5, value=1.0).save(tmp_path, keep=2)
+    path.rename(tmp_path / "step_00000005.replaced")
+    shutil.copytree(tmp_path / "step_00000005.replaced", tmp_path / "step_00000005.tmp")
+    then(tmp_path)
+    assert value_in(path) == 1.0 and not (tmp_path / "step_00000005.replaced").exists()
+
+
+def unwritable(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["fsync", "second rename"])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch, fails, step):
+    first, second = save(tmp_path, 1, 2)
+    rename = os.replace
+    if fails == "fsync":
+        monkeypatch.setattr(os, "fsync", unwritable)
+    else:
+        to_name = f"step_{step:08d}"
+        monkeypatch.setattr(
+            os,
+            "replace",
+            lambda one, other: unwritable() if one.suffix == ".tmp" and other.name == to_name else rename(one, other),
+        )
+    with pytest.raises(CheckpointError) as error:
+        checkpoint(step, value=9.0).save(tmp_path, keep=1)
+    message = str(error.value)
+    assert f"step_{step:08d} could not be written" in message and "No space left" in message
+    assert "untouched: ['step_00000001', 'step_00000002']" in message and str(tmp_path) not in message
+    assert sorted(tmp_path.iterdir()) == [first, second] and value_in(first) == value_in(second) == 0.0
+    monkeypatch.undo()
+    assert value_in(checkpoint(step, value=9.0).save(tmp_path, keep=1)) == 9.0
+    assert steps_in(tmp_path) == [step]
+
+
+def test_only_folders_with_a_step_for_a_name_are_checkpoints(tmp_path):
+    (path,) = save(tmp_path, 7)
+    for name in ("step_7", "step_00000008_backup", "old_step_00000009", "step_0000000x"):
+        shutil.copytree(path, tmp_path / name)
+    assert checkpoint_folders(tmp_path) == [path]
+    # One that was copied to a name of its own can be asked for.
+    assert find_checkpoint(str(tmp_path / "step_7"), tmp_path) == tmp_path / "step_7"
+    (tmp_path / "step_00000010").write_text("a file")
+    assert find_checkpoint("latest", tmp_path) == path
+
+
+def test_a_cpu_with_a_number_is_a_cpu(tmp_path):
+    """Among several CPU processes the device of each is "cpu:0", which safetensors does not know."""
+    (path,) = save(tmp_path, 1)
+    assert load_checkpoint(path, torch.device("cpu:0")).tensors["model"]["w"].device.type == "cpu"
 
 
 def descend(model, optimizer, seed):

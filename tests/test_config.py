@@ -213,7 +213,7 @@ def test_length_is_given_once(flags):
         ("warmup_steps", -1),
         ("learning_rate", -1e-4),
         ("max_grad_norm", 0.0),
-        ("ema_decay", 1.0),
+        ("ema", 1.0),
         ("adam_beta2", 1.5),
         ("cpu_threads", 0),
         ("resolution", 0),

@@ -8,9 +8,10 @@ import torch
 from components import tiny_transformer
 
 from freqgate_dit.training.config import TrainConfig
+from freqgate_dit.training.cost import count_parameters, flops_per_forward
 from freqgate_dit.training.hardware import available_cores, use_all_cores
-from freqgate_dit.training.report import Metrics, count_parameters, flops_per_forward
-from freqgate_dit.training.train import learning_rate
+from freqgate_dit.training.logbook import JsonLines
+from freqgate_dit.training.schedules import learning_rate
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": None}, {"num_classes": None, "pooled_projection_dim": 16}])
@@ -27,13 +28,13 @@ def test_flops_are_those_of_a_real_forward_pass(arguments):
 
 def test_metrics_go_on_where_the_run_does(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, 0)
+    metrics = JsonLines(path, 0)
     for step in (0, 10, 20, 30):
         metrics.add(step, {"loss": float(step), **({"val": 1.0} if step % 20 == 0 else {})})
     # Killed in the middle of a line.
     with path.open("a") as file:
         file.write('{"step": 40, "lo')
-    metrics = Metrics(path, 20)
+    metrics = JsonLines(path, 20)
     metrics.add(30, {"loss": -1.0})
     assert metrics.series() == {"loss": [(0, 0.0), (10, 10.0), (20, 20.0), (30, -1.0)], "val": [(0, 1.0), (20, 1.0)]}
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10, 20, 30]

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from freqgate_dit.spectral import dct2, dct_matrix, idct2, radial_frequency
+from freqgate_dit.spectral import (
+    dct2,
+    dct_matrix,
+    idct2,
+    octave_bands,
+    octave_edges,
+    octave_labels,
+    radial_frequency,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 32])
@@ -58,6 +66,28 @@ def test_radial_frequency_is_in_cycles_per_image():
     assert frequency.shape == (7, 9)
     assert frequency[0, 0] == 0 and frequency[6, 0] == 3 and frequency[0, 8] == 4
     assert frequency[6, 8] == 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 1), (5, 4), (8, 8), (6, 20), (32, 32), (33, 17)])
+def test_octave_bands_partition_the_grid(size):
+    edges, bands, frequency = octave_edges(*size), octave_bands(*size), radial_frequency(*size)
+    assert bands.shape == size and bands.dtype == torch.int64
+    assert bands.unique().tolist() == list(range(len(edges) - 1))  # none is empty
+    assert edges[-1] >= max(size) / 2 and (len(edges) == 2 or edges[-2] < max(size) / 2)
+    upper = torch.tensor([*edges[1:-1], math.inf])  # the corner belongs to the last band
+    assert (torch.tensor(edges)[bands] <= frequency).all() and (frequency < upper[bands]).all()
+
+
+def test_octave_bands_of_known_sizes():
+    assert octave_edges(32, 32) == [0, 1, 2, 4, 8, 16] and octave_edges(16, 6) == [0, 1, 2, 4, 8]
+    assert octave_labels(8, 8) == ["0-1", "1-2", "2-4"] and octave_labels(1, 1) == ["0-1"]
+    # One cycle is index 2 of an axis; (1, 1) is sqrt(2) / 2 cycles, (2, 3) is sqrt(13) / 2.
+    assert octave_bands(4, 8)[0].tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert octave_bands(4, 8)[:, 3].tolist() == [1, 1, 1, 2]
+    assert octave_bands(8, 8).flatten().bincount().tolist() == [4, 11, 49]
+    assert torch.equal(octave_bands(8, 4), octave_bands(4, 8).T)
+    # A pattern keeps its band at every resolution.
+    assert torch.equal(octave_bands(32, 32)[:8, :8], octave_bands(16, 16)[:8, :8])
 
 
 def test_errors():

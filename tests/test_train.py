@@ -21,8 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
 from freqgate_dit.shapes_textures import ShapesTextures
+from freqgate_dit.training.checkpoints import CheckpointError, optimizer_tensors
 from freqgate_dit.training.config import parse_config
-from freqgate_dit.training.train import Trainer, main, make_schedulers
+from freqgate_dit.training.schedules import make_schedulers
+from freqgate_dit.training.train import Trainer, main
 from freqgate_dit.transformer_freqgate_dit import DiTAttnProcessor, DiTMatmulAttnProcessor
 
 
@@ -38,7 +40,8 @@ TINY = {
     "prediction_type": "v_prediction",
     "per_device_batch_size": 8,
     "learning_rate": 3e-3,
-    "ema_decay": 0.9,
+    "ema": "0.9",
+    "ema_snapshots": 0,
     "mixed_precision": "no",
     "cpu_threads": 1,
     "log_every": 4,
@@ -77,7 +80,9 @@ def options(tmp_path, cache):
 
     def build(**changes):
         values = {**TINY, "output_dir": tmp_path / "run", "cache_dir": cache, "max_steps": 8, **changes}
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        flags = [f"--{name}={value}" for name, value in values.items() if value is not None and name not in lists]
+        return flags + [word for name, value in lists.items() for word in (f"--{name}", *value)]
 
     return build
 
@@ -120,7 +125,7 @@ def test_run_learns_and_leaves_everything_behind(tmp_path, options):
     assert all(line["train/grad_norm"] > 0 and line["images_per_second"] > 0 for line in logged)
 
     # The same numbers are in the tensorboard log.
-    (events,) = (run / "logs").rglob("events.out.tfevents.*.0")
+    (events,) = (run / "logs" / "freqgate_dit").glob("events.out.tfevents.*")
     accumulator = EventAccumulator(str(events)).Reload()
     for name, source in (("train/mse", logged), ("val_ema/loss", validated)):
         scalars = [(event.step, event.value) for event in accumulator.Scalars(name)]
@@ -138,8 +143,8 @@ def test_run_learns_and_leaves_everything_behind(tmp_path, options):
     # The pipeline has the averaged weights of the last step, which are not the raw ones.
     last = state(run, 40)
     pipeline = FreqGateDiTPipeline.from_pretrained(run / "pipeline")
-    assert_same_tensors(pipeline.transformer.state_dict(), last["ema"])
-    assert not torch.equal(last["ema"]["proj_out.weight"], last["model"]["proj_out.weight"])
+    assert_same_tensors(pipeline.transformer.state_dict(), last["ema-0.9"])
+    assert not torch.equal(last["ema-0.9"]["proj_out.weight"], last["model"]["proj_out.weight"])
     classes = ShapesTextures(1, image_size=32).class_names
     assert pipeline.id2label == dict(enumerate(classes))
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -262,10 +267,120 @@ def test_clipping_bounds_the_step(tmp_path, options):
     assert norm == pytest.approx(1e-4, rel=1e-2)
 
 
-def test_lost_weights_are_not_saved(tmp_path, options):
-    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 2: lower `learning_rate`"):
-        main(options(max_steps=6, learning_rate=1e30, log_every=1000, save_every=2))
+def test_lost_weights_are_neither_saved_nor_published(tmp_path, options):
+    """A learning rate that loses the weights in the first step: from the second on no gradient is finite."""
+    message = refusal(options(max_steps=6, learning_rate=1e30, log_every=1000, save_every=2))
+    assert "step 6 is not saved: its gradient is not finite" in message and "--resume latest" in message
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_a_run_whose_gradient_stays_lost_ends(tmp_path, options):
+    message = refusal(options(max_steps=60, learning_rate=1e30, log_every=5, save_every=2, max_skipped_steps=7))
+    assert "not finite in 9 steps in a row, seen at step 10" in message
+    assert "`learning_rate` (1e+30)" in message and "--resume latest" in message and "`qk_norm`" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [line["train/skipped_steps"] for line in metrics(tmp_path / "run") if "train/lr" in line] == [4, 9]
+
+
+def poison(trainer, *steps):
+    """Make the latents of `steps` (from 0) NaN, as a damaged cache or a faulty chip would."""
+    draw = trainer.batches.draw
+
+    def poisoned(step):
+        batch = draw(step)
+        if step in steps:
+            batch.latents.fill_(float("nan"))
+        return batch
+
+    trainer.batches.draw = poisoned
+
+
+def test_steps_without_a_finite_gradient_change_nothing(tmp_path, options, capsys):
+    """Two bad steps at the end of a run: weights and moments are those of the good steps before, bit for bit."""
+    main(options(max_steps=6))
+    reset_accelerate()
+    trainer = Trainer(parse_config(options(max_steps=8, output_dir=tmp_path / "bad", log_every=1, save_every=6)))
+    poison(trainer, 6, 7)
+    with pytest.raises(CheckpointError, match="step 8 is not saved"):
+        trainer.train()
+    assert_same_tensors(dict(trainer.model.state_dict()), state(tmp_path / "run", 6)["model"])
+    assert_same_tensors(optimizer_tensors(trainer.optimizer, trainer.model), state(tmp_path / "run", 6)["optimizer"])
+    assert "step 7: skipped, its gradient is nan" in capsys.readouterr().out
+
+
+def test_skipped_steps_are_counted_and_the_run_goes_on(tmp_path, options):
+    trainer = Trainer(parse_config(options(max_steps=8, log_every=4)))
+    poison(trainer, 1, 2, 6)
+    trainer.train()
+    reports = [line for line in metrics(tmp_path / "run") if "train/lr" in line]
+    assert [line["train/skipped_steps"] for line in reports] == [2, 3]
+    # Means are over the steps that were taken.
+    assert all(0 < line["train/mse"] < 10 and line["train/grad_norm"] > 0 for line in reports)
+    assert all(value.isfinite().all() for group in state(tmp_path / "run", 8).values() for value in group.values())
+    assert (tmp_path / "run" / "pipeline").is_dir()
+
+
+def test_a_jump_of_the_loss_is_written_down(tmp_path, options, capsys):
+    trainer = Trainer(parse_config(options(max_steps=24, log_every=8)))
+    trainer.logbook.spikes.memory = 10
+    draw = trainer.batches.draw
+
+    def too_large(step):
+        batch = draw(step)
+        if step == 17:
+            batch.latents.mul_(10)
+        return batch
+
+    trainer.batches.draw = too_large
+    trainer.train()
+    (spike,) = [line for line in metrics(tmp_path / "run") if "spike/loss" in line]
+    assert spike["step"] == 18 and spike["spike/times_usual"] > 2 and spike["spike/grad_norm"] > 0
+    assert f"step 18: the loss jumps to {spike['spike/loss']:.4g}" in capsys.readouterr().out
+    assert [line["train/spikes"] for line in metrics(tmp_path / "run") if "train/lr" in line] == [0, 0, 1]
+
+
+def test_numbers_of_a_run(tmp_path, options):
+    """What DESIGN 5 asks to be logged, and that the pieces belong together."""
+    main(options(max_steps=4, ema=["power:0.1", "0.5"], validate_every=2))
+    reports = [line for line in metrics(tmp_path / "run") if "train/lr" in line]
+    for line in reports:
+        assert 0 <= line["data_wait"] < 1 and line["memory_gib"] > 0.05
+        # Four updates: a power average lags by less than the run, a constant decay of 0.5 by about its warm-up.
+        assert 0 < line["ema_age/power:0.1"] < 1 and 0 < line["ema_age/0.5"] < 2
+    validations = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in validations] == [0, 2, 4]
+    scalars = [line for line in metrics(tmp_path / "run") if "val_raw/loss" in line]
+    for tables, line in zip(validations, scalars, strict=True):
+        for weights in ("raw", "ema"):
+            assert tables[weights]["loss"] == line[f"val_{weights}/loss"]
+            assert tables[weights]["information"] == line[f"val_{weights}/information_nats"]
+            assert len(tables[weights]["table"]) == len(tables[weights]["null_table"]) == 10
+            assert f"val_{weights}/loss_t1of10" in line and f"val_{weights}/loss_band_0-1" in line
+    # The untrained model knows nothing of its condition.
+    assert (
+        validations[0]["raw"]["information"] == 0
+        and validations[0]["raw"]["loss"] == validations[0]["raw"]["null_loss"]
+    )
+    assert validations[-1]["raw"]["information"] != 0
+    for name in ("loss.png", "validation.png"):
+        assert Image.open(tmp_path / "run" / name).size[0] > 100
+
+
+def test_averages_of_other_widths_come_out_of_a_run(tmp_path, options):
+    from freqgate_dit.training.posthoc_ema import posthoc_average
+
+    main(options(max_steps=20, ema=["power:0.1", "power:0.05"], ema_snapshots=5))
+    snapshots = tmp_path / "run" / "ema_snapshots"
+    assert [path.name for path in sorted(snapshots.iterdir())] == [
+        f"step_{n:08d}.safetensors" for n in (4, 8, 12, 16, 20)
+    ]
+    # A width that was stored comes out as it was, and it is what the pipeline has.
+    published = FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline").transformer.state_dict()
+    for name, tensor in posthoc_average(snapshots, 0.1).items():
+        torch.testing.assert_close(tensor, published[name], rtol=1e-5, atol=1e-6)
+    # Another one lies elsewhere.
+    wide = posthoc_average(snapshots, 0.2)
+    assert max((wide[name] - published[name]).abs().max() for name in wide) > 1e-3
 
 
 @pytest.mark.parametrize(("patch_size", "processor"), [(2, DiTMatmulAttnProcessor), (1, DiTAttnProcessor)])
@@ -322,6 +437,7 @@ def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animal
         patch_size=2,
         horizontal_flip="true",
         dropout=0.1,
+        ema=["0.9", "power:0.1", "power:0.05"],
         gradient_accumulation_steps=2,
         warmup_steps=3,
         per_device_batch_size=5,
@@ -333,7 +449,8 @@ def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animal
     torch.manual_seed(123)
     main(options(**changes, max_steps=10, resume="latest"))
     straight, resumed = state(tmp_path / "straight", 10), state(tmp_path / "run", 10)
-    assert straight.keys() == resumed.keys() == {"model", "ema", "optimizer"}
+    averages = {"ema-0.9", "ema-power-0.1", "ema-power-0.05"}
+    assert straight.keys() == resumed.keys() == {"model", "optimizer", *averages}
     for group in straight:
         assert_same_tensors(straight[group], resumed[group])
     ends = [metrics(tmp_path / run)[-1] for run in ("straight", "run")]
@@ -342,7 +459,23 @@ def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animal
     shutil.rmtree(tmp_path / "run" / "pipeline")
     main(options(**changes, max_steps=10, resume="latest"))
     pipeline = FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
-    assert_same_tensors(pipeline.transformer.state_dict(), resumed["ema"])
+    assert_same_tensors(pipeline.transformer.state_dict(), resumed["ema-0.9"])
+
+
+def test_a_job_that_is_started_again_and_again(tmp_path, options):
+    """`--resume auto` in an empty folder, after a kill before the first checkpoint, and with a checkpoint."""
+    main(options(max_steps=4, output_dir=tmp_path / "straight"))
+    main(options(max_steps=2, resume="auto"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    main(options(max_steps=2, resume="auto"))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val_raw/loss" in line] == [0, 2]
+    main(options(max_steps=4, resume="auto"))
+    assert_same_tensors(state(tmp_path / "run", 4)["model"], state(tmp_path / "straight", 4)["model"])
+    # What is there but damaged is not thrown away.
+    for path in checkpoints.iterdir():
+        (path / "manifest.json").unlink()
+    assert "no complete checkpoint" in refusal(options(max_steps=6, resume="auto"))
 
 
 def test_what_resume_refuses(tmp_path, options):
@@ -394,7 +527,7 @@ def test_resume_refuses_a_folder_whose_content_has_changed(tmp_path, options):
 
 def test_pauses_do_not_count_as_training_time(tmp_path, options, monkeypatch):
     now = itertools.count()
-    monkeypatch.setattr("freqgate_dit.training.train.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("freqgate_dit.training.logbook.time.perf_counter", lambda: float(next(now)))
     # A preview between two log lines that takes 100 seconds.
     monkeypatch.setattr(Trainer, "preview", lambda self: [next(now) for _ in range(100)])
     main(options(max_steps=4, log_every=4, preview_every=2))
@@ -426,6 +559,9 @@ def test_folder_of_another_run_is_refused(tmp_path, options):
         ({"horizontal_flip": "true"}, ("horizontal_flip",)),
         ({"max_steps": None}, ("max_steps", "num_epochs")),
         ({"report_to": "notes"}, ("`report_to`", "notes", "tensorboard")),
+        ({"class_dropout_prob": 0}, ("`guidance_scale` is 2.5", "`class_dropout_prob` 0", "`guidance_scale` 1")),
+        ({"ema": ["power:0.5"]}, ("`ema`", "power:0.5")),
+        ({"save_every": 10, "keep_every": 25}, ("`keep_every` (25)", "`save_every` (10)")),
     ],
 )
 def test_refusals_name_argument_value_and_remedy(changes, words, tmp_path, options, monkeypatch):
@@ -561,7 +697,8 @@ def test_two_processes_train_as_one(tmp_path, options, checkout):
     assert "4 per process x 2 processes x 1 accumulation = 8" in done.stdout
     for one, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
         for values in (one, other):
-            values.pop("images_per_second", None)
+            for name in ("images_per_second", "data_wait", "memory_gib"):
+                values.pop(name, None)
         assert one == pytest.approx(other, rel=1e-4)
     one, other = state(tmp_path / "run", 3)["optimizer"], state(tmp_path / "two", 3)["optimizer"]
     for name in one:
@@ -575,15 +712,13 @@ def test_a_signal_saves_and_resume_goes_on(tmp_path, options, capsys):
 
     def interrupted_draw(step):
         if step == 2:
-            trainer.stop_on_signal(signal.SIGINT, None)
+            signal.raise_signal(signal.SIGINT)
         return draw(step)
 
     handler = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.batches.draw = interrupted_draw
-        trainer.train()
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    trainer.batches.draw = interrupted_draw
+    trainer.train()
+    assert signal.getsignal(signal.SIGINT) is handler
     assert "stopped and saved at step 3 of 6" in capsys.readouterr().out
     assert not (tmp_path / "run" / "pipeline").exists()
 

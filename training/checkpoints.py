@@ -2,6 +2,7 @@
 
 A checkpoint is a folder `step_00001000` with safetensors and JSON. It is written under a temporary name, its manifest
 (size and SHA-256 of every file) last, and renamed when it is complete; older ones are deleted only after that.
+Whenever the process dies, what has the name of a checkpoint is one.
 """
 
 import hashlib
@@ -9,10 +10,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -25,6 +29,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class CheckpointError(OSError):
+    """A checkpoint could not be written. Earlier ones are as they were, and so is the run in memory."""
+
+
 @dataclass
 class Checkpoint:
     """Content of a checkpoint: groups of named tensors (a file each) and a JSON state with the key "step"."""
@@ -32,31 +40,103 @@ class Checkpoint:
     tensors: dict[str, dict[str, torch.Tensor]]
     state: dict
 
-    def save(self, folder: Path, keep: int) -> Path:
-        """Write into `folder`; of the complete checkpoints keep this one and the `keep - 1` before it."""
+    def save(self, folder: Path, keep: int, keep_every: int | None = None) -> Path:
+        """Write into `folder`, then delete older checkpoints.
+
+        Kept are this one, the `keep - 1` complete ones before it, and those whose step is a multiple of `keep_every`.
+
+        Raises:
+            CheckpointError: if it cannot be written, for want of space, say; nothing was deleted then.
+        """
         target = folder / f"step_{self.state['step']:08d}"
         temporary = folder / f"{target.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, group in self.tensors.items():
-            save_file(
-                {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()},
-                temporary / f"{name}.safetensors",
-            )
-        (temporary / "state.json").write_text(json.dumps(self.state, indent=2))
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in temporary.iterdir()}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        complete = complete_checkpoints(folder)
-        newest = complete.index(target)
-        # What lies beyond this step was left behind when the run was resumed from an earlier one.
-        for old in complete[: max(0, newest + 1 - keep)] + complete[newest + 1 :]:
-            shutil.rmtree(old)
+        try:
+            _clear_up(folder)
+            temporary.mkdir(parents=True)
+            self._write(temporary)
+            _put_in_place(temporary, target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _undo_unfinished_replacement(folder)
+            raise CheckpointError(
+                f"checkpoint {target.name} could not be written ({error}). Complete ones are untouched: "
+                f"{[path.name for path in complete_checkpoints(folder)]}. Make room where `output_dir` lies"
+            ) from error
+        _rotate(folder, target, keep, keep_every)
         return target
+
+    def _write(self, folder: Path):
+        for name, group in self.tensors.items():
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+            save_file(tensors, folder / f"{name}.safetensors")
+        (folder / "state.json").write_text(json.dumps(self.state, indent=2))
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
+        for path in folder.iterdir():
+            sync(path)
+        # Last, so that a folder with a manifest has everything that it names.
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        sync(folder / MANIFEST)
+        sync(folder)
+
+
+def sync(path: Path):
+    """Have the disk hold what was written to a file, or which files a folder has."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, target: Path):
+    """Give a complete folder its name. One of the same name is moved aside first, and deleted after."""
+    replaced = target.with_name(f"{target.name}.replaced")
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
+    os.replace(temporary, target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _clear_up(folder: Path):
+    """Delete what a killed save or rotation has left, of this step or of another."""
+    _undo_unfinished_replacement(folder)
+    for leftover in [*folder.glob("step_*.tmp"), *folder.glob("step_*.replaced")]:
+        shutil.rmtree(leftover)
+
+
+def _undo_unfinished_replacement(folder: Path):
+    """A run killed between the two renames of `_put_in_place` has left its checkpoint under the other name."""
+    for replaced in folder.glob("step_*.replaced"):
+        target = replaced.with_suffix("")
+        if not target.exists():
+            with suppress(FileNotFoundError):  # another process of the run was faster
+                os.replace(replaced, target)
+
+
+def _rotate(folder: Path, newest: Path, keep: int, keep_every: int | None):
+    complete = complete_checkpoints(folder)
+    place = complete.index(newest)
+    # What lies beyond this step was left behind when the run was resumed from an earlier one.
+    for old in complete[: max(0, place + 1 - keep)] + complete[place + 1 :]:
+        step = step_of(old)
+        if step > step_of(newest) or not keep_every or step % keep_every:
+            _delete(old)
+
+
+def _delete(checkpoint: Path):
+    """Its name goes first: killed in the middle, this leaves no half checkpoint. The next save deletes the rest."""
+    with suppress(OSError):  # a folder that cannot be deleted is no reason to lose the run
+        doomed = checkpoint.with_suffix(".tmp")
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
+
+
+def step_of(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name)[1])
 
 
 def why_incomplete(folder: Path) -> str | None:
@@ -89,15 +169,21 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in checkpoint_folders(folder) if why_incomplete(path) is None]
 
 
-def find_checkpoint(resume: str, folder: Path) -> Path:
+def find_checkpoint(resume: str, folder: Path, tell: Callable[[str], None] = print) -> Path | None:
     """The checkpoint that `resume` means: a path, or "latest" for the newest complete one in `folder`.
+
+    "auto" is "latest" for jobs that are started again and again: `None` while there is no checkpoint whatever.
+    Incomplete ones that are passed over are told to `tell`.
 
     Raises:
         ValueError: if there is none, or the one named is incomplete; says what is wrong and which could be used.
     """
+    _undo_unfinished_replacement(folder)
     complete = complete_checkpoints(folder)
     usable = f"Complete checkpoints of this run: {[str(path) for path in complete]}."
-    if resume != "latest":
+    if resume == "auto" and not checkpoint_folders(folder):
+        return None
+    if resume not in ("latest", "auto"):
         path = Path(resume)
         problem = why_incomplete(path)
         if problem:
@@ -106,11 +192,11 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
     for path in checkpoint_folders(folder):
         problem = why_incomplete(path)
         if problem:
-            print(f"skipping checkpoint {path.name}: it {problem}")
+            tell(f"skipping checkpoint {path.name}: it {problem}")
     if not complete:
         raise ValueError(
-            f"`resume` is 'latest', but {folder} has no complete checkpoint: start without `--resume`, in a "
-            "folder that holds no run."
+            f"`resume` is {resume!r}, but {folder} has no complete checkpoint: start without `--resume`, in a "
+            "folder that holds no run, or with `--resume auto`, which starts anew where nothing was saved."
         )
     return complete[-1]
 
@@ -127,8 +213,16 @@ def load_checkpoint(folder: Path, device) -> Checkpoint:
             raise ValueError(
                 f"{folder.name}/{name} is damaged (its checksum differs): resume from another checkpoint."
             )
-    tensors = {path.stem: load_file(path, device=str(device)) for path in folder.glob("*.safetensors")}
+    device = torch.device(device)
+    # safetensors knows no "cpu:0", which is the device of one CPU process among several.
+    device = device.type if device.type == "cpu" else str(device)
+    tensors = {path.stem: load_file(path, device=device) for path in folder.glob("*.safetensors")}
     return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
+
+
+def average_group(name: str) -> str:
+    """Group, and so file, of the weight average `name`. (A colon is no part of a file name everywhere.)"""
+    return "ema-" + name.replace(":", "-")
 
 
 # -- AdamW by parameter name ---------------------------------------------------------------------------------------

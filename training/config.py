@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
 from freqgate_dit.training.data import DataConfig
+from freqgate_dit.training.ema import EMAProfile
 from freqgate_dit.transformer_freqgate_dit import ACTIVATIONS, VARIANTS
 
 
@@ -26,6 +27,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def knob(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -165,7 +168,16 @@ class TrainConfig:
     adam_beta2: float = knob(0.999, "Second moment decay of AdamW.")
     weight_decay: float = knob(0.01, "Decoupled weight decay of AdamW, on matrices and vectors alike.")
     max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.")
-    ema_decay: float = knob(0.9999, "Decay of the weight average; warms up as (1 + n) / (10 + n).")
+    ema: list[str] = knob(
+        ["power:0.1", "power:0.05"],
+        "Weight averages, side by side; the first is sampled, validated and published. 'power:S' averages over the "
+        "last part of the run, S of its length wide, whatever that is (EDM2); a number such as 0.9999 is a decay.",
+    )
+    ema_snapshots: int = knob(
+        8,
+        "Snapshots of the power averages, spread over the run, from which `posthoc_ema.py` makes averages of other "
+        "widths afterwards; 0 for none.",
+    )
     mixed_precision: str = knob(
         "auto", "bf16 (autocast over float32 weights), no, or auto: bf16 where it is fast; not read from `accelerate`."
     )
@@ -180,8 +192,16 @@ class TrainConfig:
     preview_every: int = knob(1000, "Steps between preview grids.")
     save_every: int = knob(1000, "Steps between checkpoints.")
     keep_checkpoints: int = knob(2, "Newest checkpoints that are kept.")
+    keep_every: int | None = knob(None, "Also keep every checkpoint whose step is a multiple of this.")
     num_validation_images: int = knob(1024, "Held-out images in the validation loss.")
-    resume: str | None = knob(None, "'latest', or a checkpoint folder of this run.")
+    max_skipped_steps: int = knob(10, "Steps in a row without a finite gradient (they are skipped) that end the run.")
+    resume: str | None = knob(
+        None,
+        "'latest', a checkpoint folder of this run, or 'auto': latest, or from step 0 where nothing was saved yet.",
+    )
+    init_from: str | None = knob(
+        None, "Start from these weights: a pipeline, model, checkpoint or run folder, or a Hub id; what fits is taken."
+    )
     report_to: str = knob("tensorboard", "Accelerate tracker: tensorboard, wandb, trackio, ...; or none.")
     dry_run: bool = knob(False, "Print configuration, data, parameters, FLOPs and memory, then stop.")
 
@@ -204,18 +224,27 @@ class TrainConfig:
             "preview_every",
             "save_every",
             "keep_checkpoints",
+            "keep_every",
+            "max_skipped_steps",
             "num_validation_images",
             "cpu_threads",
             least=1,
         )
-        check_range(self, "seed", "warmup_steps", "learning_rate", "weight_decay", least=0)
+        check_range(self, "seed", "warmup_steps", "learning_rate", "weight_decay", "ema_snapshots", least=0)
         if self.max_grad_norm <= 0:
             raise ValueError(
                 f"`max_grad_norm` ({self.max_grad_norm}) must be positive; use a large one for no clipping."
             )
-        for name in ("adam_beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, 1).")
+        names = [EMAProfile.parse(profile).name for profile in self.ema]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"`ema` ({self.ema}) must name at least one weight average, and each once.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"`adam_beta2` ({self.adam_beta2}) must be in [0, 1).")
+        if self.keep_every and self.keep_every % self.save_every:
+            raise ValueError(
+                f"`keep_every` ({self.keep_every}) must be a multiple of `save_every` ({self.save_every}): no other "
+                "step has a checkpoint to keep."
+            )
 
 
 SECTIONS = {
@@ -267,6 +296,17 @@ def field_types() -> dict[str, type]:
     return types
 
 
+def default_values() -> dict:
+    """Name -> default of every knob."""
+    knobs = [knob_field for section in SECTIONS.values() for knob_field in dataclasses.fields(section)]
+    return {
+        knob_field.name: knob_field.default
+        if knob_field.default_factory is dataclasses.MISSING
+        else knob_field.default_factory()
+        for knob_field in knobs
+    }
+
+
 def check_known(names, where: str):
     known = field_types()
     for name in names:
@@ -282,6 +322,9 @@ def convert(name: str, value, where: str):
     allowed = get_args(hint) or (hint,)
     if value is None and type(None) in allowed:
         return None
+    if get_origin(hint) is list:
+        # `ema: 0.9999` and `ema: [0.9999, power:0.1]` alike.
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
     target = next(kind for kind in allowed if kind is not type(None))
     if target is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:

@@ -1,7 +1,4 @@
-"""What a run will cost and what it did: parameters, FLOPs and memory before step 1, metrics as JSON lines."""
-
-import json
-from pathlib import Path
+"""What a run will cost: parameters, FLOPs and memory, before step 1."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,48 +31,18 @@ def flops_per_forward(model: torch.nn.Module) -> int:
 CPU_SPEED = 0.28e12
 
 
-def describe_cost(model: torch.nn.Module, data_bytes: int, images_seen: int) -> str:
+def describe_cost(model: torch.nn.Module, data_bytes: int, images_seen: int, num_averages: int = 1) -> str:
     """Parameters, FLOPs of an image and of a run over `images_seen`, and the memory that does not depend on the batch
     size, as lines of text."""
     parameters, flops = count_parameters(model), flops_per_forward(model)
     run_flops = 3 * flops * images_seen
-    # float32 weights, gradients, two AdamW moments, EMA.
-    state_bytes = 4 * 5 * parameters
+    # float32 weights, gradients, two AdamW moments, averages.
+    state_bytes = 4 * (4 + num_averages) * parameters
     return (
         f"parameters      {parameters / 1e6:.2f} M ({type(model).__name__})\n"
         f"FLOPs per image {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training\n"
         f"whole run       {run_flops / 1e12:,.1f} TFLOP; at the {CPU_SPEED / 1e12:g} TFLOP/s that the demo reaches on "
         f"two CPU cores with AMX {run_flops / CPU_SPEED / 3600:,.1f} hours\n"
-        f"memory          {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW, EMA; "
+        f"memory          {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW, averages; "
         f"{data_bytes / 2**30:.2f} GiB data; activations come on top"
     )
-
-
-class Metrics:
-    """`metrics.jsonl`: a line per report, `{"step": ..., name: number, ...}`.
-
-    Args:
-        path: the file; lines after `step` (from a run that went further before it was resumed) are dropped.
-        step: where the run stands.
-    """
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if path.is_file():
-            # A last line without its end is what a killed run was writing.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-
-    def add(self, step: int, values: dict[str, float]):
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def series(self) -> dict[str, list[tuple[int, float]]]:
-        """Each metric as `[(step, value), ...]`."""
-        series: dict[str, list[tuple[int, float]]] = {}
-        for line in self.path.read_text().splitlines():
-            values = json.loads(line)
-            step = values.pop("step")
-            for name, value in values.items():
-                series.setdefault(name, []).append((step, value))
-        return series

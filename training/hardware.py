@@ -2,6 +2,7 @@
 
 import os
 
+import psutil
 import torch
 
 
@@ -29,3 +30,10 @@ def use_all_cores(threads: int | None = None):
     asked_for = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0] or 1)
     shared = max(1, available_cores() // local_processes)
     torch.set_num_threads(threads or (asked_for if asked_for > 1 else shared))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory that tensors on a GPU have taken so far; on a CPU, what the process has in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -9,71 +9,53 @@ do and stops; `--resume latest` goes on with the newest complete checkpoint of `
 
 import contextlib
 import math
-import signal
+import os
+import shlex
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.tracking import get_available_trackers
-from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler
-from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
+from diffusers import EulerDiscreteScheduler
+from safetensors import SafetensorError
 
 
 # An uninstalled checkout: `accelerate launch training/train.py` puts this folder, not the root, on the path.
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from freqgate_dit import plots
 from freqgate_dit.losses import DiffusionObjective, drop_labels
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, vae_scale_factor
 from freqgate_dit.training.batches import DROPOUT, Batches, derived_seed
 from freqgate_dit.training.checkpoints import (
     Checkpoint,
+    CheckpointError,
+    average_group,
     find_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
 )
 from freqgate_dit.training.conditions import load_condition
-from freqgate_dit.training.config import ObjectiveConfig, TrainConfig, TrainingRun, parse_config
+from freqgate_dit.training.config import TrainingRun, parse_config
+from freqgate_dit.training.cost import describe_cost
 from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_images
-from freqgate_dit.training.ema import NamedEMA
-from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
-from freqgate_dit.training.latents import load_or_encode, load_vae
-from freqgate_dit.training.report import Metrics, describe_cost
+from freqgate_dit.training.ema import WeightAverages
+from freqgate_dit.training.guards import UpdateGuard
+from freqgate_dit.training.hardware import bf16_is_fast, memory_bytes, use_all_cores
+from freqgate_dit.training.image_sources import replace_file
+from freqgate_dit.training.initialise import initialise, read_source
+from freqgate_dit.training.latents import LatentCache, data_bytes, latent_statistics, load_vae, scale_warning
+from freqgate_dit.training.logbook import Logbook, check_tracker
+from freqgate_dit.training.posthoc_ema import save_snapshot
+from freqgate_dit.training.preflight import check_disk, gib, refuse_launchers, run_bytes
+from freqgate_dit.training.previews import preview_grid
+from freqgate_dit.training.resume import refuse_other_run
+from freqgate_dit.training.schedules import is_spread, learning_rate, make_schedulers
+from freqgate_dit.training.stopping import StopRequest
 from freqgate_dit.training.validation import Validation
 from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of `step` (from 0), in optimiser steps: linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    decay = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * decay
-
-
-def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDPMScheduler, EulerDiscreteScheduler]:
-    """The scheduler that adds noise in training and the one that samples, from one set of betas."""
-    shared = {
-        name: getattr(config, name)
-        for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-    }
-    training = DDPMScheduler(**shared)
-    # Spacing is set here because `from_config` of a DDPM scheduler would silently fall back to "linspace".
-    sampling = EulerDiscreteScheduler(**shared, timestep_spacing=timestep_spacing)
-    if not torch.equal(training.alphas_cumprod, sampling.alphas_cumprod):
-        raise RuntimeError(
-            "DDPMScheduler and EulerDiscreteScheduler disagree on the noise schedule; please report it."
-        )
-    return training, sampling
 
 
 # Tokens up to which plain matrix products beat PyTorch's fused attention in training on a CPU, with its maps in memory
@@ -82,12 +64,13 @@ SHORT_SEQUENCE = 256
 
 
 class Trainer:
-    """A run: data, model, optimiser, average, and what is done with them at the steps where it is due."""
+    """A run: data, model, optimiser, averages, and what is done with them at the steps where it is due."""
 
     def __init__(self, config: TrainingRun):
         self.config = config
         train = config.train
         self.output_dir = Path(train.output_dir)
+        refuse_launchers()
         self._start_accelerator()
         if train.dry_run:
             self.print(config.to_yaml())
@@ -98,6 +81,8 @@ class Trainer:
             )
         images, heldout_images = self._load_images()
         self.condition = load_condition(config.condition, images.class_names, self.device)
+        self.can_guide = not self.condition.is_none and config.objective.class_dropout_prob > 0
+        self._refuse_untrained_guidance()
         self.vae = load_vae(config.latents)
         self.total_steps = train.max_steps or math.ceil(train.num_epochs * len(images) / self.global_batch_size)
         self._build_model()
@@ -105,9 +90,9 @@ class Trainer:
         if train.dry_run:
             return
 
-        self._encode(images, heldout_images)
-        self.step, self.stop_requested = 0, False
-        self.ema = NamedEMA(self.model, train.ema_decay)
+        check_disk(self.output_dir, self._run_bytes())
+        self.step = 0
+        self.averages = WeightAverages(self.model, train.ema)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=train.learning_rate,
@@ -115,8 +100,10 @@ class Trainer:
             weight_decay=train.weight_decay,
             fused=True,
         )
+        self.guard = UpdateGuard(self.optimizer, self.device, train.max_skipped_steps)
         if train.resume:
             self._resume()
+        self._encode(images, heldout_images)
         self._open_output_dir()
         self._prepare()
 
@@ -127,21 +114,24 @@ class Trainer:
 
     def _start_accelerator(self):
         train = self.config.train
-        trackers = ("none", *(tracker.value for tracker in get_available_trackers()))
-        if train.report_to not in trackers:
-            # Accelerate leaves a tracker that is not installed out without a word.
-            raise ValueError(f"`report_to` ({train.report_to!r}) is not installed: choose from {trackers}.")
+        check_tracker(train.report_to)
         self.accelerator = Accelerator(
             mixed_precision=self._mixed_precision(),
             log_with=None if train.report_to == "none" else train.report_to,
             project_dir=str(self.output_dir / "logs"),
         )
         use_all_cores(train.cpu_threads)
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != self.accelerator.num_processes:
+            raise ValueError(
+                f"the launcher started {started} processes, but without a GPU each of them would train alone: set "
+                "ACCELERATE_USE_CPU=true in the environment for processes on the CPU, or `--num_processes 1`."
+            )
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in supported:
             raise ValueError(
                 f"`accelerate launch` is set to {self.accelerator.distributed_type.value}, which this trainer "
-                "does not support (the weight average needs whole parameters): use one process or plain --multi_gpu."
+                "does not support (the weight averages need whole parameters): use one process or plain --multi_gpu."
             )
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
@@ -149,8 +139,20 @@ class Trainer:
             train.per_device_batch_size * self.accelerator.num_processes * train.gradient_accumulation_steps
         )
 
+    def _mixed_precision(self) -> str:
+        choice = self.config.train.mixed_precision
+        if choice != "auto":
+            return choice
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        return "bf16" if bf16_is_fast(device) else "no"
+
     def _load_images(self) -> tuple[LabelledImages, LabelledImages]:
-        images, heldout_images = load_images(self.config.data)
+        # A dry run leaves nothing behind, not even an index of the images.
+        index_dir = None if self.config.train.dry_run else self.config.latents.cache_dir
+        with self.accelerator.local_main_process_first():  # it reads every image; the others take its index
+            images, heldout_images = load_images(self.config.data, index_dir)
         if not len(heldout_images):
             raise ValueError(
                 "no image is held out, so there is nothing to validate on: set `heldout_fraction` (say 0.1) or "
@@ -162,56 +164,13 @@ class Trainer:
         self.data_fingerprint = images.fingerprint
         return images, heldout_images
 
-    def _describe(self, num_images: int):
-        train, processes = self.config.train, self.accelerator.num_processes
-        seen = self.total_steps * self.global_batch_size
-        self.print(
-            describe_cost(self.model, self._data_bytes(num_images), seen),
-            f"batch           {train.per_device_batch_size} per process x {processes} processes x "
-            f"{train.gradient_accumulation_steps} accumulation = {self.global_batch_size}; "
-            f"{self.total_steps} steps = {seen / num_images:.1f} epochs",
-            f"output          {self.output_dir}",
-            f"device          {self.device}, mixed precision {self.accelerator.mixed_precision}, "
-            f"compile {'on' if train.compile else 'off'}",
-            sep="\n",
-        )
-
-    def _encode(self, images: LabelledImages, heldout_images: LabelledImages):
-        config, accelerator = self.config, self.accelerator
-        with accelerator.main_process_first():
-            encode = partial(load_or_encode, vae=self.vae, cache_dir=config.latents.cache_dir, device=self.device)
-            data = encode(images, flip=config.data.horizontal_flip)
-            heldout = encode(heldout_images, flip=False)
-        self.batches = Batches(data, self.global_batch_size, config.train.seed, config.objective.stratified)
-        self.validation = Validation(
-            heldout,
-            self.objective.scheduler,
-            config.train.num_validation_images,
-            config.train.per_device_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-
-    def _prepare(self):
-        """The model as it is trained: attention for this device, checkpointing, compilation, processes."""
-        train = self.config.train
-        tokens = (self.model.config.sample_size // self.model.config.patch_size) ** 2
-        if self.device.type == "cpu" and tokens <= SHORT_SEQUENCE:
-            self.model.set_attn_processor(DiTMatmulAttnProcessor())
-        if train.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        if train.compile:
-            self.model.compile_repeated_blocks(fullgraph=True)
-        self.prepared_model, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
-
-    def _mixed_precision(self) -> str:
-        choice = self.config.train.mixed_precision
-        if choice != "auto":
-            return choice
-        device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
-        return "bf16" if bf16_is_fast(device) else "no"
+    def _refuse_untrained_guidance(self):
+        scale = self.config.sampling.guidance_scale
+        if scale != 1 and not self.condition.is_none and not self.can_guide:
+            raise ValueError(
+                f"`guidance_scale` is {scale:g}, but with `class_dropout_prob` 0 the model never learns the null "
+                "condition that guidance needs: set `class_dropout_prob` (0.1 is usual), or `guidance_scale` 1."
+            )
 
     def _build_model(self):
         config = self.config
@@ -238,148 +197,173 @@ class Trainer:
             config.objective.min_snr_gamma,
             config.objective.spectral_weight,
         )
+        # A resumed run has weights of its own; what it once started from may be gone by now.
+        if config.train.init_from and not config.train.resume:
+            self._initialise()
 
-    def _data_bytes(self, count: int) -> int:
-        config = self.model.config
-        sample = config.in_channels * config.sample_size**2
-        views = 2 if self.config.data.horizontal_flip else 1
-        if self.vae is None:
-            return count * views * sample
-        moments = 2 if isinstance(self.vae, AutoencoderKL) else 1
-        return 4 * count * views * moments * sample
+    def _initialise(self):
+        with self.accelerator.main_process_first():  # it downloads, the others find it in the cache
+            source = read_source(self.config.train.init_from)
+        self.print(initialise(self.model, source, self.condition.class_names))
+        ours = self.config.objective.prediction_type
+        if source.prediction_type not in (None, ours):
+            self.print(
+                f"  note: the source predicts {source.prediction_type}, this run {ours} (`prediction_type`): its last "
+                "layers will have to be learned anew"
+            )
+
+    def _describe(self, num_images: int):
+        train, processes = self.config.train, self.accelerator.num_processes
+        seen = self.total_steps * self.global_batch_size
+        self.print(
+            describe_cost(
+                self.model,
+                data_bytes(num_images, self.config.data.resolution, self.vae, self.config.data.horizontal_flip),
+                seen,
+                len(train.ema),
+            ),
+            f"batch           {train.per_device_batch_size} per process x {processes} processes x "
+            f"{train.gradient_accumulation_steps} accumulation = {self.global_batch_size}; "
+            f"{self.total_steps} steps = {seen / num_images:.1f} epochs",
+            f"output          {self.output_dir}, {gib(self._run_bytes())} at most",
+            f"device          {self.device}, mixed precision {self.accelerator.mixed_precision}, "
+            f"compile {'on' if train.compile else 'off'}",
+            sep="\n",
+        )
+
+    def _run_bytes(self) -> int:
+        return run_bytes(self.model, self.total_steps, self.config.train, self.vae, self.condition.text_encoder)
+
+    def _resume(self):
+        folder = find_checkpoint(self.config.train.resume, self.output_dir / "checkpoints", tell=self.print)
+        if folder is None:
+            self.print("nothing to resume yet: starting at step 0")
+            return
+        checkpoint = load_checkpoint(folder, self.device)
+        state = checkpoint.state
+        refuse_other_run(self.config, folder.name, state, self.data_fingerprint, self.global_batch_size)
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        averages = {name: checkpoint.tensors[average_group(name)] for name in state["ema"]}
+        self.averages.load(averages, state["averages"])
+        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
+        self.step = state["step"]
+        self.print(f"resuming from {folder.name}")
+
+    def _encode(self, images: LabelledImages, heldout_images: LabelledImages):
+        config, accelerator = self.config, self.accelerator
+        train_cache = LatentCache(images, self.vae, config.data.horizontal_flip, config.latents.cache_dir)
+        heldout_cache = LatentCache(heldout_images, self.vae, False, config.latents.cache_dir)
+        # The processes of a machine share the work; each machine may have a disk of its own.
+        share = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        for cache in (train_cache, heldout_cache):
+            cache.encode(self.device, *share)
+        accelerator.wait_for_everyone()
+        data, heldout = (cache.load(self.device) for cache in (train_cache, heldout_cache))
+        if self.vae is not None:
+            warning = scale_warning(latent_statistics(data).std)
+            if warning:
+                self.print(warning)
+        self.batches = Batches(data, self.global_batch_size, config.train.seed, config.objective.stratified)
+        self.validation = Validation(
+            heldout,
+            self.objective.scheduler,
+            config.train.num_validation_images,
+            config.train.per_device_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            null_label=self.condition.null_label if self.can_guide else None,
+        )
 
     def _open_output_dir(self):
         """Create the output folder and start what is written into it during the run."""
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.config.save(self.output_dir / "config.yaml")
-            self.metrics = Metrics(self.output_dir / "metrics.jsonl", self.step)
-        if self.config.train.report_to != "none":
-            # Trackers take numbers, strings and booleans only.
-            settings = {key: "none" if value is None else value for key, value in self.config.to_dict().items()}
-            self.accelerator.init_trackers("freqgate_dit", config=settings)
+            replace_file(self.output_dir / "config.yaml", self.config.save)
+        self.accelerator.wait_for_everyone()
+        self.logbook = Logbook(self.accelerator, self.config, self.step, self.total_steps, self.objective.names)
 
-    def _resume(self):
-        folder = find_checkpoint(self.config.train.resume, self.output_dir / "checkpoints")
-        checkpoint = load_checkpoint(folder, self.device)
-        sections = ("data", "model", "condition", "objective")
-        fixed = [name for section in sections for name in vars(getattr(self.config, section))]
-        now, then = self.config.to_dict(), checkpoint.state["config"]
-        for name in (*fixed, "vae", "vae_subfolder", "vae_revision", "seed"):
-            if then.get(name) != now[name]:
-                raise ValueError(
-                    f"`{name}` is {now[name]!r}, but the checkpoint {folder.name} was trained with "
-                    f"{then.get(name)!r}: resume with the same value."
-                )
-        # A path says nothing about what lies there by now: order and labels are those of this data alone.
-        if checkpoint.state["data_fingerprint"] != self.data_fingerprint:
-            raise ValueError(
-                f"`dataset` ({self.config.data.dataset}) holds other training images, names or classes than when the "
-                f"checkpoint {folder.name} was saved: restore them, or start a new run in another `output_dir`."
-            )
-        # A step's place in the data is counted in global batches.
-        size = checkpoint.state["global_batch_size"]
-        if self.global_batch_size != size:
-            raise ValueError(
-                f"the global batch is {self.global_batch_size} images, but the checkpoint {folder.name} was trained "
-                f"with {size}: choose `per_device_batch_size` and `gradient_accumulation_steps` to match."
-            )
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        self.ema.load(checkpoint.tensors["ema"], checkpoint.state["ema_updates"])
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
-        self.step = checkpoint.state["step"]
-        self.print(f"resuming from {folder.name}")
+    def _prepare(self):
+        """The model as it is trained: attention for this device, checkpointing, compilation, processes."""
+        train = self.config.train
+        tokens = (self.model.config.sample_size // self.model.config.patch_size) ** 2
+        if self.device.type == "cpu" and tokens <= SHORT_SEQUENCE:
+            self.model.set_attn_processor(DiTMatmulAttnProcessor())
+        if train.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if train.compile:
+            self.model.compile_repeated_blocks(fullgraph=True)
+        self.prepared_model, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self):
-        config, accelerator = self.config.train, self.accelerator
-        progress = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", disable=not self.is_main, smoothing=0.05
-        )
+        """Every step until the end of the run, or until it is asked to stop. Then a resumable checkpoint is saved.
+
+        Raises:
+            FloatingPointError: after too many steps in a row without a finite gradient.
+            CheckpointError: if the last state of the run could not be saved.
+        """
         self.prepared_model.train()
         if self.step == self.total_steps:
-            self.print(
-                f"already at step {self.step} of {self.total_steps}: raise `max_steps` or `num_epochs` to go on"
-            )
+            self.print(f"already at step {self.step} of {self.total_steps}: raise `max_steps` or `num_epochs`")
         if self.step == 0:
             self.validate()
-        terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
-        while self.step < self.total_steps:
-            # Dropout draws from the global generator; all else from (seed, step).
-            torch.manual_seed(derived_seed(config.seed, DROPOUT, self.step, accelerator.process_index))
-            lr = learning_rate(config, self.step, self.total_steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            global_batch = self.batches.draw(self.step)
-            for micro_step in range(config.gradient_accumulation_steps):
-                last = micro_step == config.gradient_accumulation_steps - 1
-                batch = global_batch.shard(
-                    micro_step, accelerator.process_index, accelerator.num_processes, config.per_device_batch_size
-                )
-                with contextlib.nullcontext() if last else accelerator.no_sync(self.prepared_model):
-                    terms = self.loss_terms(batch)
-                    accelerator.backward(self.objective.total(terms) / config.gradient_accumulation_steps)
-                for name, term in terms.items():
-                    terms_sum[name] = terms_sum.get(name, 0) + term.detach().mean()
-            grad_norm = accelerator.clip_grad_norm_(self.prepared_model.parameters(), config.max_grad_norm)
-            self.prepared_optimizer.step()
-            self.prepared_optimizer.zero_grad(set_to_none=True)
-            self.ema.step(self.model.parameters())
-            self.step += 1
-            steps_since_log += 1
-            progress.update()
-
-            if self.due(config.log_every):
-                self.report(progress, terms_sum, steps_since_log, time.perf_counter() - clock, lr, grad_norm)
-                terms_sum, steps_since_log, clock = {}, 0, time.perf_counter()
-            # Read once: a signal may come at any moment, and a step that is the last must be saved.
-            stopping, pause = self.stop_requested, time.perf_counter()
-            if self.due(config.validate_every):
-                self.validate()
-            if self.due(config.preview_every):
-                self.preview()
-            if self.due(config.save_every) or stopping:
-                # Weights after a gradient that is not finite are lost: they must not push out good checkpoints.
-                self.require_finite("gradient norm", grad_norm.item())
-                self.save()
-            # Validation, previews and saving do not count as training time.
-            clock += time.perf_counter() - pause
-            if stopping:
-                break
-        progress.close()
-        if self.step < self.total_steps:
-            self.print(f"\nstopped and saved at step {self.step} of {self.total_steps}: go on with `--resume latest`")
-            self.accelerator.end_training()
-            return
+        self.window, self.unsaved = [], None
+        try:
+            self._loop()
+        except FloatingPointError:
+            self.logbook.draw(self.step)
+            self.close()
+            raise
         self.finish()
 
-    def report(self, progress, terms_sum: dict, steps: int, seconds: float, lr: float, grad_norm: torch.Tensor):
-        """Mean loss terms of the last `steps`, to trackers and progress bar; the only wait for the device."""
-        count = steps * self.config.train.gradient_accumulation_steps
-        losses = {name: self.accelerator.reduce(value / count, "mean").item() for name, value in terms_sum.items()}
-        images_per_second = steps * self.global_batch_size / seconds
-        values = {f"train/{name}": value for name, value in losses.items()}
-        values |= {"train/lr": lr, "train/grad_norm": grad_norm.item(), "images_per_second": images_per_second}
-        self.log(values)
-        progress.set_postfix(loss=f"{losses['mse']:.4f}", img_s=f"{images_per_second:.0f}")
-        self.require_finite("loss", losses["mse"])
+    def _loop(self):
+        config, watch, stopping = self.config.train, self.logbook.watch, False
+        watch.restart()
+        with StopRequest(self.accelerator) as request, self.logbook.bar as bar:
+            while self.step < self.total_steps and not stopping:
+                with watch.waiting():
+                    batch = self.batches.draw(self.step)
+                self.window.append(self.update(batch))
+                self.step += 1
+                bar.update()
+                if self.due(config.log_every):
+                    self.report()
+                with watch.pause():
+                    stopping = request.agreed(self.step)
+                    if self.due(config.validate_every):
+                        self.validate()
+                    if self.due(config.preview_every):
+                        self.preview()
+                    if is_spread(self.step, config.ema_snapshots, self.total_steps):
+                        self.snapshot()
+                    if self.due(config.save_every) or stopping:
+                        self.save(stopping)
 
-    def require_finite(self, name: str, value: float):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {name} is {value} at step {self.step}: lower `learning_rate` "
-                f"({self.config.train.learning_rate}) and resume with `--resume latest`."
+    def update(self, global_batch) -> torch.Tensor:
+        """One optimiser step; the mean loss terms, gradient norm and whether it was skipped, on the device."""
+        config, accelerator = self.config.train, self.accelerator
+        # Dropout draws from the global generator; all else from (seed, step).
+        torch.manual_seed(derived_seed(config.seed, DROPOUT, self.step, accelerator.process_index))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step, self.total_steps)
+        means = []
+        for micro_step in range(config.gradient_accumulation_steps):
+            last = micro_step == config.gradient_accumulation_steps - 1
+            batch = global_batch.shard(
+                micro_step, accelerator.process_index, accelerator.num_processes, config.per_device_batch_size
             )
-
-    def stop_on_signal(self, number, frame):
-        """Ctrl-C or SIGTERM: finish the step, save, leave. A second one ends the process at once."""
-        self.stop_requested = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    def due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.total_steps
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.prepared_model):
+                terms = self.loss_terms(batch)
+                accelerator.backward(self.objective.total(terms) / config.gradient_accumulation_steps)
+            means.append(torch.stack([term.detach().mean() for term in terms.values()]))
+        grad_norm = accelerator.clip_grad_norm_(self.prepared_model.parameters(), config.max_grad_norm)
+        skipped = self.guard.check(grad_norm)
+        self.prepared_optimizer.step()
+        self.prepared_optimizer.zero_grad(set_to_none=True)
+        self.averages.update()
+        return torch.cat([torch.stack(means).mean(dim=0), torch.stack([grad_norm, skipped])])
 
     def loss_terms(self, batch) -> dict[str, torch.Tensor]:
         """Loss terms of a batch, timesteps and dropped conditions taken from its uniforms."""
@@ -393,33 +377,44 @@ class Trainer:
     def denoise(self, model, noisy, timesteps, labels) -> torch.Tensor:
         return model(noisy, timesteps, **self.condition.forward_arguments(labels), return_dict=False)[0]
 
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total_steps
+
     # -- what is done on the way ------------------------------------------------------------------------------------
 
-    def log(self, values: dict[str, float]):
-        if self.is_main:
-            self.metrics.add(self.step, values)
-        self.accelerator.log(values, step=self.step)
+    def report(self):
+        """The steps since the last report; the only wait for the device between validations."""
+        # (steps, terms + 2), the terms averaged over processes; the gradient and its fate are the same in all.
+        window = self.accelerator.reduce(torch.stack(self.window), "mean").cpu()
+        self.window = []
+        values = {
+            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/skipped_steps": self.guard.counts()[0],
+            "memory_gib": memory_bytes(self.device) / 2**30,
+            **{f"ema_age/{name}": age for name, age in self.averages.mean_age().items()},
+        }
+        self.logbook.report(self.step, window, self.global_batch_size, values)
+        self.guard.stop_if_lost(self.step, self.config.train.learning_rate)
 
     def validate(self):
-        """Validation loss of the raw and of the averaged weights."""
+        """Held-out loss of the raw weights and of the published average, for the true and for the null condition."""
         self.model.eval()
-        values = {}
-        for name, context in (("raw", contextlib.nullcontext()), ("ema", self.ema.swapped_into(self.model))):
-            with context:
-                total = self.validation(partial(self.denoise, self.model))
-            summary = self.validation.summarise(self.accelerator.reduce(total, "sum"))
-            values |= {f"val_{name}/{key}": value for key, value in summary.items()}
+        results = {}
+        for name, weights in (
+            ("raw", contextlib.nullcontext()),
+            ("averaged", self.averages.swapped_into(self.model)),
+        ):
+            with weights:
+                totals = self.validation(partial(self.denoise, self.model))
+            results[name] = self.validation.summarise(self.accelerator.reduce(totals, "sum"))
         self.model.train()
-        self.log(values)
-        if self.is_main:
-            raw, ema = values["val_raw/loss"], values["val_ema/loss"]
-            tqdm.write(f"step {self.step}: validation loss {raw:.4f} (EMA {ema:.4f})")
+        self.logbook.report_validation(self.step, **results)
 
     @contextlib.contextmanager
-    def ema_pipeline(self):
+    def published_pipeline(self):
         """The pipeline as it is published: averaged weights, the scheduler of the same betas, class names."""
         names = self.condition.class_names
-        with self.ema.swapped_into(self.model):
+        with self.averages.swapped_into(self.model):
             self.model.eval()
             pipeline = FreqGateDiTPipeline(
                 self.model,
@@ -438,84 +433,116 @@ class Trainer:
         """A grid of samples, always of the same labels and seeds."""
         if not self.is_main:
             return
-        sampling = self.config.sampling
-        count, classes = sampling.num_previews, max(1, len(self.condition.class_names))
-        labels = [index * classes // count if classes > count else index % classes for index in range(count)]
-        with self.ema_pipeline() as pipeline:
-            pipeline.set_progress_bar_config(disable=True)
-            images = pipeline(
-                **self.condition.pipeline_arguments(labels),
-                num_inference_steps=sampling.num_inference_steps,
-                guidance_scale=sampling.guidance_scale if pipeline.has_null_condition else 1.0,
-                seed=0,
-            ).images
-        columns = math.ceil(math.sqrt(count))
-        rows = math.ceil(count / columns)
-        side = max(64, images[0].width)
-        images += [images[0].copy().point(lambda _: 255)] * (rows * columns - count)
-        grid = make_image_grid([image.resize((side, side), resample=0) for image in images], rows, columns)
-        folder = self.output_dir / "previews"
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"step_{self.step:08d}.png")
+        with self.published_pipeline() as pipeline:
+            grid = preview_grid(pipeline, self.condition, self.config.sampling, self.can_guide)
+        with self.logbook.spare("the preview", self.step):
+            folder = self.output_dir / "previews"
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"step_{self.step:08d}.png")
+            self.logbook.log_image(self.step, "preview", grid)
 
-    def save(self):
-        """A checkpoint that `--resume` continues from."""
-        if self.is_main:
-            Checkpoint(
+    def snapshot(self):
+        """The power averages as they are now, for averages of other widths after the run."""
+        if self.is_main and any(profile.is_power for profile in self.averages.profiles.values()):
+            with self.logbook.spare("a snapshot of the weight averages", self.step):
+                save_snapshot(self.output_dir / "ema_snapshots", self.averages, self.step)
+
+    def save(self, stopping: bool):
+        """A checkpoint that `--resume` continues from. If that fails, the run goes on to the next one."""
+        self.unsaved = None
+        config, lost = self.config.train, self.guard.counts()[1] > 0
+        if lost and not stopping:
+            # Weights at which the gradient is not finite may be lost: they must not push out good checkpoints.
+            self.unsaved = f"step {self.step} is not saved: its gradient is not finite"
+        elif self.is_main:
+            groups = {average_group(name): self.averages.tensors(name) for name in self.averages.profiles}
+            checkpoint = Checkpoint(
                 tensors={
                     "model": self.model.state_dict(),
-                    "ema": self.ema.tensors(),
                     "optimizer": optimizer_tensors(self.optimizer, self.model),
+                    **groups,
                 },
                 state={
                     "step": self.step,
-                    "ema_updates": self.ema.optimization_step,
+                    "ema": list(self.averages.profiles),
+                    "averages": self.averages.state(),
                     "global_batch_size": self.global_batch_size,
                     "data_fingerprint": self.data_fingerprint,
+                    "class_names": list(self.condition.class_names),
                     "config": self.config.to_dict(),
                 },
-            ).save(self.output_dir / "checkpoints", self.config.train.keep_checkpoints)
+            )
+            try:
+                keep = config.keep_checkpoints + lost
+                checkpoint.save(self.output_dir / "checkpoints", keep, config.keep_every)
+            except CheckpointError as error:
+                self.unsaved = str(error)
+        if self.unsaved:
+            self.logbook.tell(self.unsaved)
         self.accelerator.wait_for_everyone()
 
     def finish(self):
-        """The pipeline folder with averaged weights, and the curves."""
-        if self.is_main:
-            folder = self.output_dir / "pipeline"
-            with self.ema_pipeline() as pipeline:
-                pipeline.save_pretrained(folder)
-            self.config.save(folder / "training_config.yaml")
-            plots.loss_curves(self.metrics.series()).savefig(self.output_dir / "loss.png")
-            self.print(
-                f"\npipeline  {folder}\ncurves    {self.output_dir / 'loss.png'}"
-                f"\npreviews  {self.output_dir / 'previews'}"
-                f"\n\n  from freqgate_dit import FreqGateDiTPipeline\n"
-                f'  pipe = FreqGateDiTPipeline.from_pretrained("{folder}")'
-            )
+        """Curves; at the end of the run the pipeline folder with averaged weights; and a word on how to go on."""
+        self.logbook.draw(self.step)
+        if self.is_main and self.step == self.total_steps and not self.unsaved:
+            try:
+                self.publish()
+            except (OSError, SafetensorError) as error:
+                self.unsaved = f"the pipeline could not be written ({error})"
+        self.close()
+        if self.unsaved:
+            raise CheckpointError(f"{self.unsaved}. Go on from the newest checkpoint with:\n  {self.resume_command()}")
+        if self.step < self.total_steps:
+            self.print(f"\nstopped and saved at step {self.step} of {self.total_steps}; go on with:")
+            self.print(f"  {self.resume_command()}")
+
+    def publish(self):
+        folder = self.output_dir / "pipeline"
+        with self.published_pipeline() as pipeline:
+            pipeline.save_pretrained(folder)
+        self.config.save(folder / "training_config.yaml")
+        self.print(
+            f"\npipeline    {folder}"
+            f"\ncurves      {self.output_dir / 'loss.png'}"
+            f"\nvalidation  {self.output_dir / 'validation.png'}, by timestep and frequency"
+            f"\npreviews    {self.output_dir / 'previews'}"
+            f"\n\n  from freqgate_dit import FreqGateDiTPipeline\n"
+            f'  pipe = FreqGateDiTPipeline.from_pretrained("{folder}")'
+        )
+
+    def resume_command(self) -> str:
+        """The command that goes on with this run, as it was launched."""
+        script = "-m freqgate_dit.training.train" if Path(sys.argv[0]).is_absolute() else shlex.quote(sys.argv[0])
+        processes = self.accelerator.num_processes
+        launcher = (
+            f"accelerate launch --multi_gpu --num_processes {processes}" if processes > 1 else "accelerate launch"
+        )
+        if processes > 1 and self.device.type == "cpu":
+            launcher = f"ACCELERATE_USE_CPU=true {launcher}"
+        launcher = launcher if "ACCELERATE_MIXED_PRECISION" in os.environ or processes > 1 else "python"
+        return f"{launcher} {script} --config {shlex.quote(str(self.output_dir / 'config.yaml'))} --resume latest"
+
+    def close(self):
         # No process leaves the group while another needs it, and no model holds it longer than Python does: freed from
         # inside DistributedDataParallel, gloo waits for threads that wait for the interpreter's lock, now and then.
         self.accelerator.wait_for_everyone()
         self.prepared_model = self.prepared_optimizer = None
         self.accelerator.free_memory()
-        self.accelerator.end_training()
+        self.logbook.close(self.step)
 
 
 def main(arguments: list[str] | None = None):
     try:
         config = parse_config(arguments, description=__doc__)
         trainer = Trainer(config)
-    except (ValueError, FileNotFoundError) as error:
+        if config.train.dry_run:
+            trainer.print("dry run: nothing was trained or written")
+        else:
+            trainer.train()
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
-    if config.train.dry_run:
-        trainer.print("dry run: nothing was trained or written")
-        return
-    # Several processes would have to agree on the step to stop at.
-    signals = (signal.SIGINT, signal.SIGTERM) if trainer.accelerator.num_processes == 1 else ()
-    previous = {number: signal.signal(number, trainer.stop_on_signal) for number in signals}
-    try:
-        trainer.train()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped at once; what was saved and encoded so far is kept") from None
 
 
 if __name__ == "__main__":

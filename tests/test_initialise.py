@@ -1,0 +1,477 @@
+"""Fine-tuning: what is taken from a source, what stays fresh, what is refused, and that the user is told."""
+
+import itertools
+import re
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from components import LABELS, TEXT_DIM, assert_same_tensors, euler, make_pipeline, tiny_transformer
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from test_train import TINY, metrics, refusal, state
+
+from freqgate_dit import VARIANTS
+from freqgate_dit.training.config import parse_config
+from freqgate_dit.training.initialise import CLASS_TABLE, HUB_FILES, initialise, read_source
+from freqgate_dit.training.train import main
+
+
+NAMES = tuple(LABELS.values())
+# Every tensor whose shape depends on the size of a patch or on the channels of the image.
+INPUT, OUTPUT = {"patch_embed.weight"}, {"proj_out.weight", "proj_out.bias"}
+# Of two blocks.
+MLP = {
+    f"transformer_blocks.{block}.ff.net.{name}"
+    for block in (0, 1)
+    for name in ("0.proj.weight", "0.proj.bias", "2.weight")
+}
+
+
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state():
+    yield
+    reset_accelerate()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "source"
+
+
+def save_pipeline(folder, transformer=None, names=NAMES, **kwargs):
+    transformer = transformer or tiny_transformer(num_classes=len(names))
+    make_pipeline(transformer, id2label=dict(enumerate(names)), **kwargs).save_pretrained(folder)
+    return transformer.state_dict()
+
+
+def take(model, folder, names=NAMES) -> tuple[dict[str, torch.Tensor], str]:
+    """Initialise `model` from `folder`; its weights before that, and what the user reads."""
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return fresh, initialise(model, read_source(str(folder)), names)
+
+
+def assert_taken(model, fresh, given, but=()):
+    """Every tensor is the source's, but those named, which are as fresh as before."""
+    assert set(but) <= fresh.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh[name] if name in but else given[name].to(tensor)), name
+
+
+def share(model, *names, rows=0) -> str:
+    """Of the parameters: those named, and rows of the class table."""
+    tensors = model.state_dict()
+    count = sum(tensors[name].numel() for name in names) + rows * 32
+    return f"{count / sum(tensor.numel() for tensor in tensors.values()):.1%} of the parameters"
+
+
+# -- where it is read from --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_pipeline_of_the_same_model_is_taken_whole(variant, folder):
+    given = save_pipeline(folder, tiny_transformer(variant, seed=1))
+    model = tiny_transformer(variant, seed=2)
+    _, told = take(model, folder)
+    assert_same_tensors(model.state_dict(), given)
+    assert told == (
+        f"initialised from {folder}: 100.0% of the parameters\n"
+        "  class table: the null row and 3 classes of the same name; 0 stay fresh"
+    )
+    assert read_source(str(folder)).prediction_type == "epsilon"
+
+
+def test_a_pipeline_says_what_its_model_predicts(folder):
+    save_pipeline(folder, scheduler=euler("trailing", prediction_type="v_prediction"))
+    assert read_source(str(folder)).prediction_type == "v_prediction"
+
+
+def test_a_model_folder_names_no_classes(folder):
+    source = tiny_transformer(seed=1)
+    source.save_pretrained(folder)
+    model = tiny_transformer(seed=2)
+    _, told = take(model, folder, ("owl", "bat", "fox"))
+    assert_same_tensors(model.state_dict(), source.state_dict())
+    assert told.splitlines()[1:] == ["  class table: all 3 rows, in order (the source does not name its classes)"]
+    assert read_source(str(folder)).prediction_type is None
+    # Another number of rows could be any classes.
+    model = tiny_transformer(seed=2, num_classes=2)
+    fresh, told = take(model, folder, ("owl", "bat"))
+    assert torch.equal(model.class_embed.weight[:2], fresh[CLASS_TABLE][:2])
+    assert torch.equal(model.class_embed.weight[2], source.class_embed.weight[3])
+    assert "the null row and 0 classes of the same name; 2 stay fresh (the source does not name its 3)" in told
+
+
+def test_shards_are_read_by_their_index(folder):
+    source = tiny_transformer(seed=1)
+    source.save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("*-of-*.safetensors"))
+    assert len(shards) > 2
+    # A shard that the index does not name is left over from something else.
+    save_file({"proj_out.bias": torch.ones(16)}, folder / "diffusion_pytorch_model-99999-of-99999.safetensors")
+    model = tiny_transformer(seed=2)
+    take(model, folder)
+    assert_same_tensors(model.state_dict(), source.state_dict())
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"lacks {shards[1].name}"):
+        read_source(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_taken_in_float32(dtype, folder):
+    given = save_pipeline(folder, tiny_transformer(seed=1).to(dtype), ("dog", "cat", "wild"))
+    assert {tensor.dtype for tensor in given.values()} == {dtype}
+    model = tiny_transformer(seed=2)
+    fresh, _ = take(model, folder)
+    assert_taken(model, fresh, given | {CLASS_TABLE: given[CLASS_TABLE][[1, 0, 2, 3]]})
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+def test_what_is_not_there_or_not_whole_is_refused(folder):
+    folder.mkdir()
+    with pytest.raises(ValueError) as refused:
+        read_source(str(folder))
+    for looked_for in (str(folder), "model_index.json", "config.json", "state.json", "config.yaml"):
+        assert looked_for in str(refused.value)
+
+    save_pipeline(folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{weights.name} is damaged"):
+        read_source(str(folder))
+    # Weights in half precision beside the others are another choice, and not one of this package.
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"lacks diffusion_pytorch_model.safetensors") as refused:
+        read_source(str(folder))
+    assert f"`init_from` ({folder})" in str(refused.value)
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        ("cat", "dog", "wild"),
+        ("wild", "cat", "dog"),
+        ("dog", "owl", "cat"),
+        ("owl", "bat", "fox"),  # as many, but others: no row is a class of this data
+        ("owl", "wild", "bat", "dog", "fox"),
+        ("dog",),
+        ("owl",),
+    ],
+    ids="-".join,
+)
+def test_class_rows_go_by_name(theirs, folder):
+    given = save_pipeline(folder, tiny_transformer(seed=1, num_classes=len(theirs)), theirs)
+    model = tiny_transformer(seed=2)
+    fresh, told = take(model, folder)
+    table = model.class_embed.weight
+    for row, name in enumerate(NAMES):
+        expected = given[CLASS_TABLE][theirs.index(name)] if name in theirs else fresh[CLASS_TABLE][row]
+        assert torch.equal(table[row], expected), name
+    assert torch.equal(table[-1], given[CLASS_TABLE][-1])
+    assert_taken(model, fresh, given | {CLASS_TABLE: table})
+
+    missing = [name for name in NAMES if name not in theirs]
+    line = f"the null row and {3 - len(missing)} classes of the same name; {len(missing)} stay fresh"
+    line += f" ({', '.join(missing)})" if missing else ""
+    assert f"  class table: {line}" in told.splitlines()
+    others = fresh.keys() - {CLASS_TABLE}
+    assert share(model, *others, rows=4 - len(missing)) in told
+    assert ("num_classes 5 (here 3)" in told) == (len(theirs) == 5)
+
+
+def test_a_pipeline_may_name_only_some_of_its_classes(folder):
+    source = tiny_transformer(seed=1, num_classes=12)
+    make_pipeline(source, id2label={10: "dog", 2: "wild"}).save_pretrained(folder)
+    model = tiny_transformer(seed=2)
+    fresh, _ = take(model, folder)
+    expected = [fresh[CLASS_TABLE][0], *source.class_embed.weight[[10, 2, 12]]]
+    assert torch.equal(model.class_embed.weight, torch.stack(expected))
+
+
+def test_many_new_classes_are_told_briefly(folder):
+    save_pipeline(folder)
+    names = tuple(f"class {number}" for number in range(200))
+    _, told = take(tiny_transformer(num_classes=200), folder, names)
+    assert "200 stay fresh (class 0, class 1, class 2, class 3, class 4, ...)" in told
+
+
+CONDITIONS = {
+    "none": ({"num_classes": None}, set()),
+    "class": ({}, {CLASS_TABLE}),
+    "text": ({"num_classes": None, "pooled_projection_dim": TEXT_DIM}, {"text_embed.weight", "text_embed.bias"}),
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [*itertools.product(CONDITIONS, repeat=2)])
+def test_a_condition_of_another_kind_stays_fresh(theirs, ours, folder):
+    source = tiny_transformer(seed=1, **CONDITIONS[theirs][0])
+    source.save_pretrained(folder)
+    model = tiny_transformer(seed=2, **CONDITIONS[ours][0])
+    fresh, told = take(model, folder, NAMES if ours == "class" else ())
+    own = CONDITIONS[ours][1] if ours != theirs else set()
+    assert_taken(model, fresh, source.state_dict(), but=own)
+    lines = told.splitlines()
+    for name in own:
+        assert f"  stays fresh, not in the source: {name}" in lines
+    for name in CONDITIONS[theirs][1] if ours != theirs else ():
+        assert f"  left out, in the source only: {name}" in lines
+    assert share(model, *(fresh.keys() - own)) in told
+
+
+# -- other sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(2, 4), (4, 2)])
+def test_blocks_at_another_depth(theirs, ours, folder):
+    source = tiny_transformer("freq_gate", seed=1, num_layers=theirs)
+    source.save_pretrained(folder)
+    model = tiny_transformer("freq_gate", seed=2, num_layers=ours)
+    fresh, told = take(model, folder)
+    extra = {name for name in fresh if name.startswith(("transformer_blocks.2.", "transformer_blocks.3."))}
+    assert_taken(model, fresh, source.state_dict(), but=extra)
+    assert f"  the source was built with num_layers {theirs} (here {ours})" in told.splitlines()
+    assert share(model, *(fresh.keys() - extra)) in told
+    # Each tensor once, whatever the number of blocks.
+    where = "stays fresh, not in the source" if ours == 4 else "left out, in the source only"
+    for name in ("attn.to_q.weight", "gate.1.bias"):
+        assert told.splitlines().count(f"  {where}: transformer_blocks.{{2,3}}.{name}") == 1
+    assert told.count(where) == len(source.transformer_blocks[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "but"),
+    [
+        ({"patch_size": 4}, INPUT | OUTPUT),
+        ({"in_channels": 3}, INPUT | OUTPUT),
+        ({"in_channels": 3, "out_channels": 4}, INPUT),
+        ({"sample_size": 16}, set()),
+        ({"mlp_ratio": 2.0}, MLP),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_only_tensors_of_other_shape_stay_fresh(changes, but, folder):
+    source = tiny_transformer(seed=1)
+    source.save_pretrained(folder)
+    model = tiny_transformer(seed=2, **changes)
+    fresh, told = take(model, folder)
+    assert_taken(model, fresh, source.state_dict(), but=but)
+    lines = [line.removeprefix("  stays fresh, of other shape: ") for line in told.splitlines()]
+    for name in but:
+        shapes = f"{tuple(fresh[name].shape)}, there {tuple(source.state_dict()[name].shape)}"
+        assert f"{re.sub('blocks.[01]', 'blocks.{0,1}', name)} {shapes}" in lines
+    assert share(model, *(fresh.keys() - but)) in told
+    for name, value in changes.items():
+        assert f"{name} {source.config[name]} (here {value})" in told
+
+
+def test_what_no_shape_shows_is_told(folder):
+    """As many channels in other heads fit everywhere, and are another function."""
+    tiny_transformer(seed=1, activation_fn="linear-silu").save_pretrained(folder)
+    model = tiny_transformer(seed=2, num_attention_heads=4, attention_head_dim=8)
+    _, told = take(model, folder)
+    assert "100.0%" in told
+    for difference in (
+        "num_attention_heads 2 (here 4)",
+        "attention_head_dim 16 (here 8)",
+        "activation_fn linear-silu (here gelu-approximate)",
+    ):
+        assert difference in told
+
+
+def test_another_variant_gives_what_it_shares(folder):
+    source = tiny_transformer("adaln_zero", seed=1)
+    source.save_pretrained(folder)
+    model = tiny_transformer("freq_gate", seed=2)
+    fresh, told = take(model, folder)
+    mixing = {name for name in fresh if any(part in name for part in (".gate.", ".low.", ".high."))}
+    assert len(mixing) == 12
+    assert_taken(model, fresh, source.state_dict(), but=mixing)
+    assert "  stays fresh, not in the source: transformer_blocks.{0,1}.gate.1.weight" in told.splitlines()
+    assert told.count("stays fresh, not in the source") == 6
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
+def test_another_width_is_refused(options, folder):
+    """The norms of queries and keys fit at any number of heads; they alone are no start."""
+    tiny_transformer(seed=1, num_attention_heads=4, **options).save_pretrained(folder)
+    model = tiny_transformer(seed=2, **options)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError) as refused:
+        take(model, folder)
+    message = str(refused.value)
+    assert f"`init_from` ({folder}) has no transformer block that fits" in message
+    assert "transformer_blocks.0.attn.to_q.weight is (32, 32) here and (64, 64) there" in message
+    assert "num_attention_heads 4 (here 2)" in message
+    assert "Choose `num_attention_heads` and `attention_head_dim`" in message
+    assert_same_tensors(model.state_dict(), before)
+
+
+def test_another_architecture_is_refused(folder):
+    tiny_transformer(seed=1).save_pretrained(folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    save_file(
+        {
+            name.replace(".attn.", ".attn1.").replace(".ff.", ".mlp.").replace("modulation", "norm1"): tensor
+            for name, tensor in load_file(weights).items()
+        },
+        weights,
+    )
+    model = tiny_transformer(seed=2)
+    with pytest.raises(ValueError, match="another architecture.*name a model of this package"):
+        take(model, folder)
+    assert_same_tensors(model.state_dict(), tiny_transformer(seed=2).state_dict())
+
+
+# -- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the Hub, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_hub_id_is_found_in_the_cache(hub, folder):
+    given = save_pipeline(folder, names=("dog", "cat", "owl"))
+    repository = hub / "models--user--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123456789abcdef")
+    shutil.copytree(folder, repository / "snapshots" / "0123456789abcdef")
+    model = tiny_transformer(seed=2)
+    fresh, told = take(model, "user/name")
+    expected = torch.stack([*given[CLASS_TABLE][[1, 0]], fresh[CLASS_TABLE][2], given[CLASS_TABLE][3]])
+    assert_taken(model, fresh, given | {CLASS_TABLE: expected})
+    assert told.startswith("initialised from user/name: ")
+
+
+@pytest.mark.parametrize("name", ["user/wrong", "runs/mine/pipeline", "not a name"])
+def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, hub):
+    with pytest.raises(ValueError) as refused:
+        read_source(name)
+    message = str(refused.value)
+    assert f"`init_from` ({name}) is not a folder" in message and "from the Hub" in message and "\n" not in message
+    assert "spelling" in message and str(hub) not in message
+
+
+def test_only_the_transformer_is_downloaded():
+    wanted = [
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    others = [
+        "README.md",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "transformer/diffusion_pytorch_model.bin",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+        "checkpoints/step_00000001/model.safetensors",
+    ]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=HUB_FILES)) == wanted
+
+
+# -- runs of the trainer ----------------------------------------------------------------------------------------------
+
+
+def arguments(cache, output_dir, **changes):
+    values = {**TINY, "output_dir": output_dir, "cache_dir": cache, "report_to": "none", **changes}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run of 16 steps with two checkpoints and a pipeline; tests copy what they change."""
+    folder = tmp_path_factory.mktemp("base")
+    main(arguments(folder / "cache", folder / "run", max_steps=16, save_every=8))
+    reset_accelerate()
+    return folder
+
+
+def test_fine_tuning_starts_where_its_source_has_come(base, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(base / "run", source)
+    start = {"init_from": source / "pipeline", "save_every": 1}
+    main(arguments(base / "cache", tmp_path / "straight", max_steps=2, **start))
+    told = capsys.readouterr().out
+    assert f"initialised from {source / 'pipeline'}: 100.0% of the parameters" in told
+    assert "and 64 classes of the same name; 0 stay fresh" in told and "note: the source predicts" not in told
+
+    # The first weights are those that the source has published, of the averages too.
+    (scratch, *_, end), (first, *_) = (metrics(folder) for folder in (base / "run", tmp_path / "straight"))
+    assert first["step"] == scratch["step"] == 0 and end["step"] == 16
+    for name in ("val_raw/loss", "val_ema/loss"):
+        assert first[name] == pytest.approx(end["val_ema/loss"], rel=1e-6) and first[name] < 0.95 * scratch[name]
+
+    # It is in config.yaml. A resumed run does not need it any more, and ends as the straight one.
+    reset_accelerate()
+    main(arguments(base / "cache", tmp_path / "run", max_steps=1, **start))
+    assert parse_config(["--config", str(tmp_path / "run" / "config.yaml")]).train.init_from == str(
+        source / "pipeline"
+    )
+    shutil.rmtree(source)
+    reset_accelerate()
+    main(["--config", str(tmp_path / "run" / "config.yaml"), "--max_steps=2", "--resume=latest"])
+    for group, tensors in state(tmp_path / "straight", 2).items():
+        assert_same_tensors(tensors, state(tmp_path / "run", 2)[group])
+    assert str(source / "pipeline") in refusal(arguments(base / "cache", tmp_path / "other", max_steps=2, **start))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_gives_its_newest_complete_checkpoint(base, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(base / "run", run)
+    averages = {step: state(run, step)["ema-0.9"] for step in (8, 16)}
+    newest = read_source(str(run))
+    assert newest.place == f"{run} (step 16, average 0.9)" and newest.prediction_type == "v_prediction"
+    assert_same_tensors(newest.tensors, averages[16])
+    assert_same_tensors(newest.tensors, read_source(str(run / "pipeline")).tensors)
+    assert newest.class_rows == read_source(str(run / "pipeline")).class_rows and len(newest.class_rows) == 64
+
+    old, new = (run / "checkpoints" / f"step_{step:08d}" for step in (8, 16))
+    assert_same_tensors(read_source(str(old)).tensors, averages[8])
+    (new / "manifest.json").unlink()
+    with pytest.raises(ValueError) as refused:
+        read_source(str(new))
+    assert f"`init_from` ({new})" in str(refused.value) and f"{new.name} has no manifest.json" in str(refused.value)
+    assert read_source(str(run)).place == f"{run} (step 8, average 0.9)"
+    # Checkpoints may be deleted to make room: the pipeline has the same weights.
+    shutil.rmtree(run / "checkpoints")
+    assert_same_tensors(read_source(str(run)).tensors, averages[16])
+    shutil.rmtree(run / "pipeline")
+    with pytest.raises(ValueError, match="without a complete checkpoint or a pipeline"):
+        read_source(str(run))
+
+
+def test_a_checkpoint_knows_how_its_model_was_built(base):
+    (checkpoint,) = (base / "run" / "checkpoints").glob("step_*16")
+    changes = {"in_channels": 3, "sample_size": 32, "patch_size": 8, "num_classes": 64, "mlp_ratio": 2.0}
+    names = tuple(read_source(str(checkpoint)).class_rows)
+    _, told = take(tiny_transformer("freq_gate", **changes), checkpoint, names)
+    assert "the source was built with" not in told and "100.0%" in told
+    _, told = take(tiny_transformer("freq_gate", **changes, num_layers=3), checkpoint, names)
+    assert "  the source was built with num_layers 2 (here 3)" in told.splitlines()
+
+
+def test_another_prediction_type_is_told(base, tmp_path, capsys):
+    start = {"init_from": base / "run", "prediction_type": "epsilon"}
+    main([*arguments(base / "cache", tmp_path / "run", max_steps=2, **start), "--dry_run"])
+    assert "note: the source predicts v_prediction, this run epsilon" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,121 @@
+"""Figures: what is drawn are the numbers that went in."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from freqgate_dit.plots import gate_curves, image_grid, loss_curves, validation_heatmap
+from freqgate_dit.training.latents import CachedLatents
+from freqgate_dit.training.validation import Validation
+
+
+def validation_result(num_images=60, null_label=3, size=(8, 8), scale=0.3):
+    data = CachedLatents(torch.randn(num_images, 1, 2, *size), None, torch.arange(num_images) % 3)
+    checked = Validation(data, DDPMScheduler(), num_images, 20, null_label=null_label)
+    return checked.summarise(checked(lambda noisy, timesteps, labels: noisy * scale * (1 + labels).view(-1, 1, 1, 1)))
+
+
+def heatmap(result):
+    return validation_heatmap(json.loads(json.dumps(result.to_json(), allow_nan=False)), title="step 0")
+
+
+def panels(figure):
+    """Axes without the colour bars."""
+    return [axes for axes in figure.axes if not axes.get_label() == "<colorbar>"]
+
+
+def save(figure, path) -> tuple[int, int]:
+    """The size of the figure as a PNG, which must not be blank."""
+    figure.savefig(path)
+    with Image.open(path) as image:
+        assert np.asarray(image.convert("L")).std() > 10
+        return image.size
+
+
+def metrics(null_label=3, steps=(0, 100, 200)):
+    series = {"train/mse": [(50, 1.0), (150, 0.5)]}
+    for index, step in enumerate(steps):
+        for name in ("val_raw", "val_ema"):
+            scalars = validation_result(null_label=null_label, scale=0.3 / (1 + index)).scalars()
+            for key, value in scalars.items():
+                series.setdefault(f"{name}/{key}", []).append((step, value))
+    return series
+
+
+def test_loss_curves_draw_every_series(tmp_path):
+    series = metrics()
+    figure = loss_curves(series, label_entropy=math.log(3))
+    losses, timesteps, information = panels(figure)
+    drawn = [list(zip(*line.get_data(), strict=True)) for line in losses.lines]
+    assert drawn == [series[name] for name in ("train/mse", "val_raw/loss", "val_ema/loss", "val_ema/null_loss")]
+    # In the order of the schedule, where "t10of10" does not follow "t1of10".
+    drawn = [list(zip(*line.get_data(), strict=True)) for line in timesteps.lines]
+    assert drawn == [series[f"val_ema/loss_t{index}of10"] for index in range(1, 11)]
+    assert len({line.get_color() for line in timesteps.lines}) == 10 and timesteps.get_legend() is None
+    data, ceiling = information.lines[0], information.lines[-1]
+    assert list(zip(*data.get_data(), strict=True)) == series["val_ema/information_nats"]
+    assert ceiling.get_ydata() == [math.log(3)] * 2
+    width, height = save(figure, tmp_path / "loss.png")
+    assert 1200 < width < 2000 and 300 < height < 600
+
+
+def test_loss_curves_without_null_condition_or_validation(tmp_path):
+    series = metrics(null_label=None)
+    figure = loss_curves(series)
+    assert len(panels(figure)) == 2 and len(panels(figure)[0].lines) == 3
+    save(loss_curves({"train/mse": series["train/mse"]}), tmp_path / "train.png")
+    # One image in a timestep bin gives J, but no standard error.
+    informed = {name: values for name, values in metrics().items() if not name.endswith("_se")}
+    assert len(panels(loss_curves(informed))) == 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (6, 40)])
+def test_heatmap_shows_both_tables(tmp_path, size):
+    result = validation_result(size=size)
+    figure = heatmap(result)
+    errors, information = panels(figure)
+    np.testing.assert_array_equal(errors.images[0].get_array(), result.table)
+    np.testing.assert_array_equal(information.images[0].get_array(), result.information_table)
+    # What is written in the cells adds up to J, up to its rounding.
+    written = [float(text.get_text()) for text in information.texts]
+    largest = result.information_table.abs().max().item()
+    assert sum(written) == pytest.approx(result.information, abs=len(written) * 0.05 * largest)
+    assert f"{result.information:.2f} ± {result.information_se:.2f} nats" in information.get_title()
+    for axes in (errors, information):
+        assert [label.get_text() for label in axes.get_xticklabels()] == result.bands
+        assert [int(label.get_text()) for label in axes.get_yticklabels()] == list(range(0, 1001, 100))
+        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # noise at the top
+    width, height = save(figure, tmp_path / "heatmap.png")
+    assert 800 < width < 2000 and 400 < height < 800
+
+
+def test_heatmap_without_null_condition_and_with_empty_bins(tmp_path):
+    figure = heatmap(validation_result(num_images=4, null_label=None))
+    (errors,) = panels(figure)
+    assert len(errors.texts) == 4 * 3 and np.isnan(errors.images[0].get_array().data).sum() == 6 * 3
+    save(figure, tmp_path / "heatmap.png")
+
+
+def test_heatmap_of_losses_that_are_zero_or_not_finite(tmp_path):
+    result = validation_result(scale=math.nan)
+    assert not result.table.isfinite().any()
+    save(heatmap(result), tmp_path / "not_finite.png")
+    result.table[:] = result.information_table[:] = 0
+    save(heatmap(result), tmp_path / "zero.png")
+
+
+def test_gate_curves_and_image_grid(tmp_path):
+    gates = np.linspace(0.2, 0.8, 5)[:, None, None] * np.ones((5, 3, 8))
+    mean_of_blocks, channels = panels(gate_curves(range(5), gates))
+    assert len(mean_of_blocks.lines) == 3 and len(channels.lines) == 8 + 1
+    np.testing.assert_allclose(mean_of_blocks.lines[0].get_ydata(), gates[:, 0, 0])
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    figure = image_grid([[picture, None], [picture]], ["a", "b"], ["left", "right"], title="grid")
+    assert [len(axes.images) for axes in figure.axes] == [1, 0, 1, 0]
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), picture)
+    save(figure, tmp_path / "grid.png")

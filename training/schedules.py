@@ -1,0 +1,40 @@
+"""Schedules: the learning rate over steps, the noise over timesteps, and what is spread over a run."""
+
+import math
+
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+
+from freqgate_dit.training.config import ObjectiveConfig, TrainConfig
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of `step` (from 0), in optimiser steps: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    decay = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * decay
+
+
+def is_spread(step: int, count: int, total_steps: int) -> bool:
+    """Whether `step` (from 1) is one of `count` steps spread evenly over the run, the last one among them."""
+    return step * count // total_steps > (step - 1) * count // total_steps
+
+
+def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDPMScheduler, EulerDiscreteScheduler]:
+    """The scheduler that adds noise in training and the one that samples, from one set of betas."""
+    shared = {
+        name: getattr(config, name)
+        for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    }
+    training = DDPMScheduler(**shared)
+    # Spacing is set here because `from_config` of a DDPM scheduler would silently fall back to "linspace".
+    sampling = EulerDiscreteScheduler(**shared, timestep_spacing=timestep_spacing)
+    if not torch.equal(training.alphas_cumprod, sampling.alphas_cumprod):
+        raise RuntimeError(
+            "DDPMScheduler and EulerDiscreteScheduler disagree on the noise schedule; please report it."
+        )
+    return training, sampling

@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+
+import signal
+import threading
+import time
+
+import torch
+from accelerate import Accelerator
+
+
+class StopRequest:
+    """A context inside which Ctrl-C and SIGTERM ask the run to stop instead of ending the process.
+
+    A second signal ends a single process at once. With several, the launcher repeats the terminal's signal to each of
+    them, so a second one means nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    # How often processes ask each other whether one of them was signalled, which waits for the device. A launcher
+    # kills what still runs 30 s after the signal: where steps are slow, a number of steps alone would be too late.
+    MAX_STEPS, SECONDS = 10, 2.0
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = False
+        self._asked_at, self._asked_step, self._ask_step = time.monotonic(), None, 0
+
+    def __enter__(self) -> "StopRequest":
+        # Python allows handlers in the main thread only; a trainer run in another one is stopped by its owner.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS if in_main_thread}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame):
+        self.received = True
+        if self.accelerator.num_processes == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def agreed(self, step: int) -> bool:
+        """Whether the run stops after `step`. The same answer in every process, whichever was asked."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        if step < self._ask_step:
+            return False
+        # The main process's clock alone counts, so that all ask again at the same step.
+        seconds = time.monotonic() - self._asked_at if self.accelerator.is_main_process else 0.0
+        answers = torch.tensor([float(self.received), seconds], device=self.accelerator.device)
+        received, seconds = self.accelerator.reduce(answers, "sum").tolist()
+        taken = 1 if self._asked_step is None else step - self._asked_step
+        steps = int(taken * self.SECONDS / max(seconds, 1e-3))
+        self._asked_at, self._asked_step = time.monotonic(), step
+        self._ask_step = step + min(self.MAX_STEPS, max(1, steps))
+        return received > 0
