@@ -9,6 +9,10 @@ from freqgate_dit import VARIANTS
 from freqgate_dit.transformer_freqgate_dit import ConditionedDiTTransformer2DModel
 
 
+# Tests run side by side (pytest-xdist), and threads that wait for a core of each other's make all of them slow.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
