@@ -3,6 +3,7 @@
 import pytest
 import torch
 from components import tiny_transformer
+from tiny_runs import TINY, command_line, copy_source, reset_accelerate
 from transformer_cases import CONFIGURATIONS
 
 from freqgate_dit import VARIANTS
@@ -18,6 +19,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fresh_process_state():
+    threads = torch.get_num_threads()
+    reset_accelerate()
+    yield
+    reset_accelerate()
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=VARIANTS)
 def variant(request) -> str:
     return request.param
@@ -27,3 +37,24 @@ def variant(request) -> str:
 def model(request) -> ConditionedDiTTransformer2DModel:
     name, kwargs = CONFIGURATIONS[request.param]
     return tiny_transformer(name, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def options(tmp_path, cache):
+    """Command line of a tiny run on the built-in data; keywords replace or add options, `None` leaves one out."""
+
+    def build(**changes):
+        return command_line({**TINY, "output_dir": tmp_path / "run", "cache_dir": cache, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the source tree in which nothing was installed or built."""
+    return copy_source(tmp_path_factory.mktemp("checkout"))

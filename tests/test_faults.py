@@ -8,103 +8,29 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 from components import assert_same_tensors, tiny_vae_kl
-from PIL import Image
-from safetensors.torch import load_file
+from tiny_runs import MODEL, ROOT, command, command_line, environment, last_words, metrics, photos, run, state, train
 
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training import latents
 from freqgate_dit.training.batches import Batches
 from freqgate_dit.training.checkpoints import complete_checkpoints, step_of
-from freqgate_dit.training.train import Trainer, main
+from freqgate_dit.training.train import Trainer
 
 
-ROOT = Path(__file__).resolve().parents[1]
-# Options of the trainer that make it tiny, as for the benchmark, and those that a run of its own needs.
-MODEL = {
-    "num_images": 96,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "patch_size": 8,
-    "mlp_ratio": 2.0,
-    "per_device_batch_size": 8,
-    "num_validation_images": 32,
-    "num_previews": 4,
-    "num_inference_steps": 2,
-}
-TINY = {
-    **MODEL,
-    "learning_rate": 3e-3,
-    "prediction_type": "v_prediction",
-    "ema": "0.9",
-    "ema_snapshots": 0,
-    "mixed_precision": "no",
-    "cpu_threads": 1,
-    "log_every": 1,
-    "validate_every": 1000,
-    "preview_every": 1000,
-    "save_every": 1000,
-    "report_to": "none",
-}
 AVERAGES = ["0.9", "power:0.1", "power:0.05"]
 
 
-def reset_accelerate():
-    """Accelerate keeps one state per process; a user's command has a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state():
-    threads = torch.get_num_threads()
-    reset_accelerate()
-    yield
-    reset_accelerate()
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def options(tmp_path, cache):
-    """Command line of a tiny run; keywords replace or add options, `None` leaves one out."""
-
-    def build(**changes):
-        values = {**TINY, "output_dir": tmp_path / "run", "cache_dir": cache, "max_steps": 6, **changes}
-        return command_line(values)
-
-    return build
-
-
-def command_line(values):
-    lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    flags = [f"--{name}={value}" for name, value in values.items() if value is not None and name not in lists]
-    return flags + [word for name, value in lists.items() for word in (f"--{name}", *value)]
-
-
-def train(arguments):
-    reset_accelerate()
-    main(arguments)
-
-
-def state(output_dir, step):
-    folder = Path(output_dir) / "checkpoints" / f"step_{step:08d}"
-    return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+def options(options):
+    return partial(options, max_steps=6, log_every=1, report_to="none")
 
 
 def assert_same_state(one, other, step):
@@ -114,22 +40,8 @@ def assert_same_state(one, other, step):
         assert_same_tensors(one[group], other[group])
 
 
-def metrics(output_dir):
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
 def steps_kept(output_dir):
     return [step_of(path) for path in complete_checkpoints(Path(output_dir) / "checkpoints")]
-
-
-def refusal(arguments):
-    """The one sentence that a user sees."""
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:  # the latter would end pytest
-        train(arguments)
-    assert stopped.type is SystemExit
-    message = stopped.value.code
-    assert isinstance(message, str)
-    return message
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
@@ -142,7 +54,7 @@ def test_a_run_killed_twenty_times_ends_as_a_straight_one(tmp_path):
     done = run("python", script, "--parts", "kills", "--out", tmp_path / "kills.json", *more, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "kills.json").read_text())["kills"]
-    assert result["kills"] == 20 and result["kills_during_a_save"] > 0 and result["bit_equal"]
+    assert result["kills"] >= result["kills_during_a_save"] == 20 and result["bit_equal"]
     # A step is saved after it is reported.
     assert result["most_steps_lost"] <= 1
     assert result["steps"] > result["each"][-1]["newest_complete"] > 20
@@ -193,7 +105,7 @@ def test_a_save_that_fails_does_not_end_the_run(tmp_path, options, capsys):
 def test_a_last_save_that_fails_says_how_to_go_on(tmp_path, options):
     train(options(output_dir=tmp_path / "straight"))
     with full_disk(ROOM, 6, 1000):
-        message = refusal(options(save_every=2))
+        message = last_words(options(save_every=2))
     assert "checkpoint step_00000006 could not be written" in message and "--resume latest" in message
     assert steps_kept(tmp_path / "run") == [2, 4] and not (tmp_path / "run" / "pipeline").exists()
     train(options(resume="latest"))
@@ -209,7 +121,7 @@ def test_a_pipeline_that_cannot_be_written_can_be_written_later(tmp_path, option
 
     with full_disk(ROOM, 1000, 1000), monkeypatch.context() as patch:  # for its end: the limit is taken back
         patch.setattr(Trainer, "finish", finish_on_full_disk)
-        message = refusal(options())
+        message = last_words(options())
     assert "the pipeline could not be written" in message and "--resume latest" in message
     train(options(resume="latest"))
     pipeline = FreqGateDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
@@ -232,7 +144,7 @@ def test_reports_that_cannot_be_written_do_not_end_the_run(tmp_path, options, ca
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_tracker_that_cannot_write_does_not_end_the_run(tmp_path, options):
     train(options(output_dir=tmp_path / "straight", report_to="tensorboard"))
-    (events,) = (tmp_path / "straight" / "logs").rglob("events.out.tfevents.*.0")
+    (events,) = (tmp_path / "straight" / "logs" / "freqgate_dit").glob("events.out.tfevents.*")
     metrics_size = (tmp_path / "straight" / "metrics.jsonl").stat().st_size
     assert events.stat().st_size > 2 * metrics_size
     with full_disk(2 * metrics_size, 3, 4):
@@ -258,7 +170,7 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_passed_over_by_latest(tmp
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     damaged = tmp_path / "run" / "checkpoints" / "step_00000006"
     os.truncate(damaged / "optimizer.safetensors", 1000)
-    message = refusal(options(resume=damaged))
+    message = last_words(options(resume=damaged))
     assert "`resume`" in message and str(damaged) in message and "optimizer.safetensors with 1000 bytes" in message
     assert "step_00000004" in message and "--resume latest" in message
     capsys.readouterr()
@@ -273,10 +185,10 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_passed_over_by_latest(tmp
 
 
 def test_two_resumes_over_epochs_with_other_intervals_change_no_bit(tmp_path, options):
-    """Mirrored latents with posterior noise, accumulation, several averages; an epoch is 2.4 batches."""
+    """Mirrored latents with posterior noise, accumulation, several averages; an epoch of 24 images is 2.4 batches."""
     tiny_vae_kl().save_pretrained(tmp_path / "vae")
     changes = {
-        "dataset": pictures(tmp_path / "pictures"),
+        "dataset": photos(tmp_path / "photos", ("cat", "dog"), count=14),
         "num_images": None,
         "resolution": 16,
         "heldout_per_class": 2,
@@ -301,16 +213,6 @@ def test_two_resumes_over_epochs_with_other_intervals_change_no_bit(tmp_path, op
     assert losses[0] == losses[1] != []
 
 
-def pictures(folder):
-    """Two classes of 14 images; 24 of them are for training if two of each are held out."""
-    for label in ("cat", "dog"):
-        (folder / label).mkdir(parents=True)
-        for index in range(14):
-            pixels = np.random.default_rng([index, ord(label[0])]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / label / f"{index}.png")
-    return folder
-
-
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +231,7 @@ def signal_in_step(monkeypatch, step, *numbers):
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, options, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
     signal_in_step(monkeypatch, 3, signal.SIGTERM, signal.SIGINT)
-    message = refusal(options(save_every=1))
+    message = last_words(options(save_every=1))
     assert message.startswith("stopped at once") and "\n" not in message
     assert steps_kept(tmp_path / "run") == [1, 2] and signal.getsignal(signal.SIGINT) is handler
 
@@ -348,28 +250,11 @@ def test_ctrl_c_while_images_are_encoded(tmp_path, options, monkeypatch):
     monkeypatch.setattr(latents, "encode", interrupted)
     monkeypatch.setattr(latents, "MAX_SHARD_IMAGES", 64)
     arguments = options(cache_dir=tmp_path / "cache", max_steps=1)
-    assert refusal(arguments).startswith("stopped at once")
+    assert last_words(arguments).startswith("stopped at once")
     assert encoded == [0, "interrupted"] and not (tmp_path / "run").exists()
     train(arguments)
     assert encoded[2] == 64 and encoded.count(0) == 2  # the other one is the held-out images'
     assert steps_kept(tmp_path / "run") == [1]
-
-
-def environment(**more):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "PYTHONPATH"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **more}
-
-
-def command(words):
-    """The words of a command, with this interpreter and its scripts."""
-    names = {"python": sys.executable, "accelerate": str(Path(sys.executable).with_name("accelerate"))}
-    return [names.get(str(word), str(word)) for word in words]
-
-
-def run(*words, cwd=None, **more):
-    return subprocess.run(
-        command(words), cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=400
-    )
 
 
 @contextmanager
@@ -377,7 +262,7 @@ def started(*words, cwd, log, **more):
     """A command in a process group of its own, as a shell starts it."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            command(words),
+            command(*words),
             cwd=cwd,
             env=environment(**more),
             stdout=file,
@@ -413,16 +298,6 @@ def last_step(output_dir):
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-@pytest.fixture(scope="session")
-def checkout(tmp_path_factory):
-    """A copy of the source tree in which nothing was installed or built."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("freqgate_dit", "pipelines", "training"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "setup.py", folder)
-    return folder
-
-
 def test_the_printed_command_goes_on_after_ctrl_c_and_sigterm(tmp_path, options, checkout):
     # Steps long enough to be signalled in: many images in one.
     changes = {"max_steps": 60, "per_device_batch_size": 96, "ema": ["0.9", "power:0.1"]}
@@ -444,7 +319,7 @@ def test_the_printed_command_goes_on_after_ctrl_c_and_sigterm(tmp_path, options,
 def test_processes_that_do_not_find_each_other_are_refused(tmp_path, options, monkeypatch):
     """`accelerate launch --multi_gpu` without a GPU: each of two processes takes itself for the only one."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    message = refusal(options())
+    message = last_words(options())
     assert "2 processes" in message and "ACCELERATE_USE_CPU=true" in message and not (tmp_path / "run").exists()
 
 

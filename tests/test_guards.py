@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from freqgate_dit.training.guards import SpikeDetector, UpdateGuard
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 # -- UpdateGuard ------------------------------------------------------------------------------------------------------

@@ -3,15 +3,15 @@
 import itertools
 import re
 import shutil
+from functools import partial
 
 import huggingface_hub
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from components import LABELS, TEXT_DIM, assert_same_tensors, euler, make_pipeline, tiny_transformer
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from test_train import TINY, metrics, refusal, state
+from tiny_runs import TINY, command_line, metrics, refusal, state, train
 
 from freqgate_dit import VARIANTS
 from freqgate_dit.training.config import parse_config
@@ -28,17 +28,6 @@ MLP = {
     for block in (0, 1)
     for name in ("0.proj.weight", "0.proj.bias", "2.weight")
 }
-
-
-def reset_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state():
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture
@@ -300,11 +289,11 @@ def test_another_variant_gives_what_it_shares(folder):
     assert told.count("stays fresh, not in the source") == 6
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
-def test_another_width_is_refused(options, folder):
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
+def test_another_width_is_refused(changes, folder):
     """The norms of queries and keys fit at any number of heads; they alone are no start."""
-    tiny_transformer(seed=1, num_attention_heads=4, **options).save_pretrained(folder)
-    model = tiny_transformer(seed=2, **options)
+    tiny_transformer(seed=1, num_attention_heads=4, **changes).save_pretrained(folder)
+    model = tiny_transformer(seed=2, **changes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError) as refused:
         take(model, folder)
@@ -391,53 +380,54 @@ def test_only_the_transformer_is_downloaded():
 # -- runs of the trainer ----------------------------------------------------------------------------------------------
 
 
-def arguments(cache, output_dir, **changes):
-    values = {**TINY, "output_dir": output_dir, "cache_dir": cache, "report_to": "none", **changes}
-    return [f"--{name}={value}" for name, value in values.items()]
+DEFAULTS = {"max_steps": 2, "report_to": "none"}
+
+
+@pytest.fixture
+def options(options):
+    return partial(options, **DEFAULTS)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, cache):
     """A run of 16 steps with two checkpoints and a pipeline; tests copy what they change."""
-    folder = tmp_path_factory.mktemp("base")
-    main(arguments(folder / "cache", folder / "run", max_steps=16, save_every=8))
-    reset_accelerate()
+    folder = tmp_path_factory.mktemp("base") / "run"
+    changes = {"max_steps": 16, "save_every": 8, "output_dir": folder, "cache_dir": cache}
+    train(command_line({**TINY, **DEFAULTS, **changes}))
     return folder
 
 
-def test_fine_tuning_starts_where_its_source_has_come(base, tmp_path, capsys):
+def test_fine_tuning_starts_where_its_source_has_come(base, tmp_path, options, capsys):
     source = tmp_path / "source"
-    shutil.copytree(base / "run", source)
+    shutil.copytree(base, source)
     start = {"init_from": source / "pipeline", "save_every": 1}
-    main(arguments(base / "cache", tmp_path / "straight", max_steps=2, **start))
+    main(options(output_dir=tmp_path / "straight", **start))
     told = capsys.readouterr().out
     assert f"initialised from {source / 'pipeline'}: 100.0% of the parameters" in told
     assert "and 64 classes of the same name; 0 stay fresh" in told and "note: the source predicts" not in told
 
     # The first weights are those that the source has published, of the averages too.
-    (scratch, *_, end), (first, *_) = (metrics(folder) for folder in (base / "run", tmp_path / "straight"))
+    (scratch, *_, end), (first, *_) = (metrics(folder) for folder in (base, tmp_path / "straight"))
     assert first["step"] == scratch["step"] == 0 and end["step"] == 16
     for name in ("val_raw/loss", "val_ema/loss"):
         assert first[name] == pytest.approx(end["val_ema/loss"], rel=1e-6) and first[name] < 0.95 * scratch[name]
 
     # It is in config.yaml. A resumed run does not need it any more, and ends as the straight one.
-    reset_accelerate()
-    main(arguments(base / "cache", tmp_path / "run", max_steps=1, **start))
+    train(options(max_steps=1, **start))
     assert parse_config(["--config", str(tmp_path / "run" / "config.yaml")]).train.init_from == str(
         source / "pipeline"
     )
     shutil.rmtree(source)
-    reset_accelerate()
-    main(["--config", str(tmp_path / "run" / "config.yaml"), "--max_steps=2", "--resume=latest"])
+    train(["--config", str(tmp_path / "run" / "config.yaml"), "--max_steps=2", "--resume=latest"])
     for group, tensors in state(tmp_path / "straight", 2).items():
         assert_same_tensors(tensors, state(tmp_path / "run", 2)[group])
-    assert str(source / "pipeline") in refusal(arguments(base / "cache", tmp_path / "other", max_steps=2, **start))
+    assert str(source / "pipeline") in refusal(options(output_dir=tmp_path / "other", **start))
     assert not (tmp_path / "other").exists()
 
 
 def test_a_run_gives_its_newest_complete_checkpoint(base, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(base / "run", run)
+    shutil.copytree(base, run)
     averages = {step: state(run, step)["ema-0.9"] for step in (8, 16)}
     newest = read_source(str(run))
     assert newest.place == f"{run} (step 16, average 0.9)" and newest.prediction_type == "v_prediction"
@@ -461,7 +451,7 @@ def test_a_run_gives_its_newest_complete_checkpoint(base, tmp_path):
 
 
 def test_a_checkpoint_knows_how_its_model_was_built(base):
-    (checkpoint,) = (base / "run" / "checkpoints").glob("step_*16")
+    (checkpoint,) = (base / "checkpoints").glob("step_*16")
     changes = {"in_channels": 3, "sample_size": 32, "patch_size": 8, "num_classes": 64, "mlp_ratio": 2.0}
     names = tuple(read_source(str(checkpoint)).class_rows)
     _, told = take(tiny_transformer("freq_gate", **changes), checkpoint, names)
@@ -470,8 +460,8 @@ def test_a_checkpoint_knows_how_its_model_was_built(base):
     assert "  the source was built with num_layers 2 (here 3)" in told.splitlines()
 
 
-def test_another_prediction_type_is_told(base, tmp_path, capsys):
-    start = {"init_from": base / "run", "prediction_type": "epsilon"}
-    main([*arguments(base / "cache", tmp_path / "run", max_steps=2, **start), "--dry_run"])
+def test_another_prediction_type_is_told(base, tmp_path, options, capsys):
+    start = {"init_from": base, "prediction_type": "epsilon"}
+    main([*options(**start), "--dry_run"])
     assert "note: the source predicts v_prediction, this run epsilon" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -1,19 +1,17 @@
 """The package as users get it: a wheel in a fresh environment, an editable install, a bare checkout."""
 
 import json
-import os
-import shutil
 import site
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+import tiny_runs
+from tiny_runs import ROOT, copy_source
 
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "freqgate_dit",
     "freqgate_dit.pipelines",
@@ -32,17 +30,8 @@ print(json.dumps([files, [preset.name for preset in presets]]))
 """
 
 
-def run(*arguments, cwd, **variables):
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    kept |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"}
-    done = subprocess.run(
-        [str(argument) for argument in arguments],
-        cwd=cwd,
-        env={**kept, **variables},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def run(*words, cwd, **variables):
+    done = tiny_runs.run(*words, cwd=cwd, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INDEX="1", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -53,16 +42,12 @@ def imported(python, cwd, **variables):
     return {name: Path(file).resolve() for name, file in files.items()}
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A copy of the tree, so that building leaves nothing in the real one."""
-    folder = tmp_path_factory.mktemp("checkout") / "repository"
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of its own, because building leaves files in it."""
+    folder = tmp_path / "repository"
     folder.mkdir()
-    for name in ("freqgate_dit", "pipelines", "training"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    return folder
+    return copy_source(folder)
 
 
 def fresh_environment(folder):
@@ -80,9 +65,9 @@ def pip_install(python, cwd, *what):
     run(sys.executable, "-m", "pip", "--python", python, *options, *what, cwd=cwd)
 
 
-def test_wheel_in_a_fresh_environment(tmp_path, checkout):
+def test_wheel_in_a_fresh_environment(tmp_path, repository):
     pip_wheel = (sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation")
-    run(*pip_wheel, "--wheel-dir", tmp_path / "dist", cwd=checkout)
+    run(*pip_wheel, "--wheel-dir", tmp_path / "dist", cwd=repository)
     (wheel,) = (tmp_path / "dist").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -116,9 +101,9 @@ def test_bare_checkout(tmp_path, checkout):
     }
 
 
-def test_editable_install(tmp_path, checkout):
+def test_editable_install(tmp_path, repository):
     python, packages = fresh_environment(tmp_path / "environment")
-    pip_install(python, tmp_path, "--editable", checkout)
+    pip_install(python, tmp_path, "--editable", repository)
     assert not (packages / "freqgate_dit").exists()
     for name, file in imported(python, tmp_path).items():
-        assert file.is_relative_to(checkout.resolve()), name
+        assert file.is_relative_to(repository.resolve()), name

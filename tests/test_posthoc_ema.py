@@ -1,10 +1,7 @@
 """Averages of any width, made afterwards of stored ones."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 from components import assert_same_tensors, make_pipeline, sample, tiny_transformer, tiny_vae_kl
 from test_ema import walk, weights
+from tiny_runs import ROOT, run
 
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training.ema import WeightAverages, sigma_rel_to_gamma
@@ -30,7 +28,6 @@ from freqgate_dit.training.posthoc_ema import (
 
 PROFILES = ["power:0.05", "power:0.1"]
 GAMMAS = [sigma_rel_to_gamma(0.05), sigma_rel_to_gamma(0.1)]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def stored_profiles(count, end=8000):
@@ -287,12 +284,5 @@ def test_script_says_what_is_missing(tmp_path, finished_run):
 
 
 def test_script_starts_from_an_uninstalled_checkout(tmp_path):
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "training" / "posthoc_ema.py", "--help"],
-        cwd=tmp_path,
-        env={**kept, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run("python", ROOT / "training" / "posthoc_ema.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--sigma_rel" in done.stdout and "post-hoc EMA" in done.stdout, done.stderr

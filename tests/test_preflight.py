@@ -2,12 +2,13 @@
 
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from components import tiny_text_encoder, tiny_transformer, tiny_vae_kl
-from test_train import TINY, refusal
+from tiny_runs import refusal
 
 from freqgate_dit.training.config import parse_config
 from freqgate_dit.training.preflight import check_disk, gib, refuse_launchers, run_bytes
@@ -15,26 +16,9 @@ from freqgate_dit.training.schedules import is_spread
 from freqgate_dit.training.train import Trainer
 
 
-@pytest.fixture(autouse=True)
-def fresh_process_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture
-def arguments(tmp_path):
-    """Command line of a tiny run; keywords replace or add options, a list is several values, `None` leaves one out."""
-
-    def build(**changes):
-        values = {**TINY, "output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache", "max_steps": 8, **changes}
-        words = []
-        for name, value in values.items():
-            if value is not None:
-                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return words
-
-    return build
+def options(options, tmp_path):
+    return partial(options, cache_dir=tmp_path / "cache")
 
 
 # -- launchers --------------------------------------------------------------------------------------------------------
@@ -50,10 +34,10 @@ STRATEGIES = {
 @pytest.mark.parametrize("variable", STRATEGIES)
 @pytest.mark.parametrize("value", ["true", "True", "1"])
 def test_a_strategy_that_splits_the_model_is_refused_before_anything_is_done(
-    variable, value, arguments, tmp_path, monkeypatch
+    variable, value, options, tmp_path, monkeypatch
 ):
     monkeypatch.setenv(variable, value)
-    message = refusal(arguments())
+    message = refusal(options())
     assert f"set to {STRATEGIES[variable]}," in message and "--multi_gpu" in message and "\n" not in message
     # Accelerate was not even started: some strategies need packages that are not here, and it would say only that.
     assert not AcceleratorState._shared_state and not list(tmp_path.iterdir())
@@ -85,8 +69,8 @@ def bytes_in(folder: Path) -> int:
     ],
     ids=["one_save", "averages", "every_checkpoint", "some_checkpoints"],
 )
-def test_a_run_writes_at_most_what_was_said_and_at_least_half(changes, arguments, tmp_path):
-    trainer = Trainer(parse_config(arguments(attention_head_dim=32, report_to="none", **changes)))
+def test_a_run_writes_at_most_what_was_said_and_at_least_half(changes, options, tmp_path):
+    trainer = Trainer(parse_config(options(attention_head_dim=32, report_to="none", **changes)))
     said = run_bytes(trainer.model, trainer.total_steps, trainer.config.train)
     sizes, save = [], trainer.save
 
@@ -100,8 +84,8 @@ def test_a_run_writes_at_most_what_was_said_and_at_least_half(changes, arguments
     assert max(sizes) < said < 2 * max(sizes)
 
 
-def test_autoencoder_and_text_encoder_count_as_parts_of_the_pipeline(arguments):
-    config = parse_config(arguments()).train
+def test_autoencoder_and_text_encoder_count_as_parts_of_the_pipeline(options):
+    config = parse_config(options()).train
     model, vae, text_encoder = tiny_transformer(), tiny_vae_kl(), tiny_text_encoder().half()
     alone = run_bytes(model, 8, config)
     assert run_bytes(model, 8, config, None, None) == alone
@@ -156,13 +140,13 @@ def test_what_the_run_has_written_is_paid_and_nothing_else(disk, tmp_path):
         check_disk(tmp_path, 801)
 
 
-def test_a_run_that_does_not_fit_leaves_nothing_behind(disk, arguments, tmp_path, capsys):
+def test_a_run_that_does_not_fit_leaves_nothing_behind(disk, options, tmp_path, capsys):
     disk(1000)
-    message = refusal(arguments())
+    message = refusal(options())
     assert "its disk has 0.00 GiB free" in message and not (tmp_path / "run").exists()
     # A dry run says what would be needed, on any disk.
     refused = capsys.readouterr().out
-    Trainer(parse_config([*arguments(), "--dry_run"]))
+    Trainer(parse_config([*options(), "--dry_run"]))
     output = next(line for line in refused.splitlines() if line.startswith("output "))
     assert output in capsys.readouterr().out and "at most" in output
 

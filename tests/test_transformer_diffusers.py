@@ -5,6 +5,7 @@ import torch
 from components import randomize, tiny_transformer
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from transformer_cases import assert_differ, inputs, ref_linear, ref_silu, run
 
 from freqgate_dit import VARIANTS
@@ -80,7 +81,7 @@ def test_compiled_equals_eager(model, dynamo):
 
 def test_compiled_once_for_all_timesteps(variant, dynamo):
     model = tiny_transformer(variant, num_layers=1)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
         for timestep in (999.0, 936.5, 0.0):
@@ -92,7 +93,7 @@ def test_compiled_once_for_all_timesteps(variant, dynamo):
 def test_compiled_repeated_blocks(variant, dynamo):
     model = tiny_transformer(variant, num_layers=3)
     expected = run(model)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     model.compile_repeated_blocks(backend=counter, fullgraph=True)
     torch.testing.assert_close(run(model), expected)
     assert counter.frame_count == 1  # the three blocks share one compilation

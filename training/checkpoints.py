@@ -54,7 +54,7 @@ class Checkpoint:
             _clear_up(folder)
             temporary.mkdir(parents=True)
             self._write(temporary)
-            _put_in_place(temporary, target)
+            put_in_place(temporary, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             _undo_unfinished_replacement(folder)
@@ -90,7 +90,7 @@ def sync(path: Path):
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, target: Path):
+def put_in_place(temporary: Path, target: Path):
     """Give a complete folder its name. One of the same name is moved aside first, and deleted after."""
     replaced = target.with_name(f"{target.name}.replaced")
     if target.exists():
@@ -105,11 +105,11 @@ def _clear_up(folder: Path):
     """Delete what a killed save or rotation has left, of this step or of another."""
     _undo_unfinished_replacement(folder)
     for leftover in [*folder.glob("step_*.tmp"), *folder.glob("step_*.replaced")]:
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # what stays is in nobody's way
 
 
 def _undo_unfinished_replacement(folder: Path):
-    """A run killed between the two renames of `_put_in_place` has left its checkpoint under the other name."""
+    """A run killed between the two renames of `put_in_place` has left its checkpoint under the other name."""
     for replaced in folder.glob("step_*.replaced"):
         target = replaced.with_suffix("")
         if not target.exists():
@@ -147,7 +147,7 @@ def why_incomplete(folder: Path) -> str | None:
         return f"has no {MANIFEST}: it was not written to the end"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
+    except (ValueError, OSError):
         return f"has a damaged {MANIFEST}"
     for name, entry in manifest.items():
         path = folder / name
@@ -196,7 +196,7 @@ def find_checkpoint(resume: str, folder: Path, tell: Callable[[str], None] = pri
     if not complete:
         raise ValueError(
             f"`resume` is {resume!r}, but {folder} has no complete checkpoint: start without `--resume`, in a "
-            "folder that holds no run, or with `--resume auto`, which starts anew where nothing was saved."
+            "folder that holds no run."
         )
     return complete[-1]
 
@@ -242,4 +242,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Mod
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, entry = key.rsplit("/", 1)
-        optimizer.state[parameters[name]][entry] = value
+        # A copy: on a CPU the tensors of a checkpoint are its file mapped into memory, and rotation will delete it.
+        optimizer.state[parameters[name]][entry] = value.clone()

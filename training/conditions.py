@@ -1,5 +1,7 @@
 """How labels reach the model: as class ids, as rows of a table of text embeddings, or not at all."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +9,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from freqgate_dit.pipelines.pipeline_freqgate_dit import encode_pooled_text
 from freqgate_dit.training.config import ConditionConfig
+from freqgate_dit.training.latents import weights_fingerprint
 
 
 @dataclass
@@ -32,6 +35,14 @@ class Condition:
     @property
     def is_none(self) -> bool:
         return not self.class_names
+
+    def fingerprint(self) -> str | None:
+        """Digest of what makes the table, or `None` without a table. (The table itself differs between processors.)"""
+        if self.table is None:
+            return None
+        digest = hashlib.sha256(json.dumps([self.prompts, self.tokenizer(list(self.prompts))["input_ids"]]).encode())
+        digest.update(weights_fingerprint(self.text_encoder).encode())
+        return digest.hexdigest()
 
     def model_arguments(self) -> dict:
         """Arguments of the model's constructor."""

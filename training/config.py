@@ -103,6 +103,9 @@ class LatentConfig:
     vae_subfolder: str | None = knob(None, "Subfolder of the autoencoder in its repository.")
     vae_revision: str | None = knob(None, "Branch, tag or commit of the autoencoder's repository.")
     cache_dir: str = knob("~/.cache/freqgate_dit", "Where encoded data is kept; shared by all runs.")
+    data_on_device: bool | None = knob(
+        None, "Hold the encoded data on the GPU; by default if that takes no more than half of its free memory."
+    )
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ class TrainConfig:
     init_from: str | None = knob(
         None, "Start from these weights: a pipeline, model, checkpoint or run folder, or a Hub id; what fits is taken."
     )
+    init_revision: str | None = knob(None, "Branch, tag or commit of the repository of init_from.")
     report_to: str = knob("tensorboard", "Accelerate tracker: tensorboard, wandb, trackio, ...; or none.")
     dry_run: bool = knob(False, "Print configuration, data, parameters, FLOPs and memory, then stop.")
 
@@ -258,6 +262,15 @@ SECTIONS = {
 }
 
 
+# Knobs that hold a path, or may.
+LOCAL = ("dataset", "cache_dir", "output_dir", "vae", "text_encoder", "tokenizer", "init_from", "resume")
+
+
+def is_local(path: str) -> bool:
+    """Whether a value is a path on this machine; a Hub id or the built-in set is not."""
+    return path.startswith(("/", "~", ".")) or Path(path).exists() or path.count("/") > 1
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """The whole configuration of a run. `to_dict` is flat: one name for YAML, command line and card."""
@@ -278,6 +291,15 @@ class TrainingRun:
         for name, section in dataclasses.asdict(self).items():
             sections.append(f"# {name}\n" + yaml.safe_dump(section, sort_keys=False, allow_unicode=True))
         return "\n".join(sections)
+
+    def shareable(self) -> "TrainingRun":
+        """The same run without a word on this machine: of local paths only the last name is left."""
+        sections = {}
+        for name, section in vars(self).items():
+            paths = {knob_name: getattr(section, knob_name) for knob_name in LOCAL if hasattr(section, knob_name)}
+            names = {knob_name: Path(path).name for knob_name, path in paths.items() if path and is_local(path)}
+            sections[name] = dataclasses.replace(section, **names)
+        return TrainingRun(**sections)
 
     def save(self, path: Path):
         """Write what starts this run again, from its first step."""

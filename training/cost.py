@@ -36,13 +36,18 @@ def describe_cost(model: torch.nn.Module, data_bytes: int, images_seen: int, num
     size, as lines of text."""
     parameters, flops = count_parameters(model), flops_per_forward(model)
     run_flops = 3 * flops * images_seen
+    hours = ""
+    if next(model.parameters()).device.type == "cpu":
+        hours = (
+            f"; at the {CPU_SPEED / 1e12:g} TFLOP/s that the demo reaches on two CPU cores with AMX "
+            f"{run_flops / CPU_SPEED / 3600:,.1f} hours"
+        )
     # float32 weights, gradients, two AdamW moments, averages.
     state_bytes = 4 * (4 + num_averages) * parameters
     return (
         f"parameters      {parameters / 1e6:.2f} M ({type(model).__name__})\n"
         f"FLOPs per image {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training\n"
-        f"whole run       {run_flops / 1e12:,.1f} TFLOP; at the {CPU_SPEED / 1e12:g} TFLOP/s that the demo reaches on "
-        f"two CPU cores with AMX {run_flops / CPU_SPEED / 3600:,.1f} hours\n"
+        f"whole run       {run_flops / 1e12:,.1f} TFLOP{hours}\n"
         f"memory          {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW, averages; "
         f"{data_bytes / 2**30:.2f} GiB data; activations come on top"
     )

@@ -37,3 +37,9 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+def wait_for(device: torch.device):
+    """Return when the device has done what was asked of it. (A CPU has done it at once.)"""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -49,7 +49,7 @@ class Source:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_source(init_from: str) -> Source:
+def read_source(init_from: str, revision: str | None = None) -> Source:
     """Weights of a pipeline folder, a model folder, a checkpoint or a run of this trainer, or a Hub repository.
 
     Of a run its newest complete checkpoint is taken, or its pipeline if there is none; of a checkpoint the first
@@ -60,7 +60,7 @@ def read_source(init_from: str) -> Source:
     """
     folder = Path(init_from).expanduser()
     if not folder.is_dir():
-        folder = _download(init_from)
+        folder = _download(init_from, revision)
     elif (folder / "config.yaml").is_file():
         folder = _result_of_run(init_from, folder)
     for name, read in (
@@ -76,9 +76,9 @@ def read_source(init_from: str) -> Source:
     )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError) as error:  # the Hub's other errors are OSErrors
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -28,7 +28,7 @@ from freqgate_dit.training.image_sources import replace_file
 
 FORMAT = 2
 # What an interrupted encoding loses at most, and holds in memory.
-MAX_SHARD_IMAGES, MAX_SHARD_BYTES = 4096, 2**28
+MAX_SHARD_IMAGES, MAX_SHARD_BYTES = 1024, 2**28
 GIB = 2**30
 
 
@@ -139,10 +139,26 @@ def load_vae(config: LatentConfig):
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def sample_shape(vae, resolution: int, patch_size: int) -> tuple[int, int]:
+    """Channels and side of what the model sees of images of `resolution` px.
+
+    Raises:
+        ValueError: if the autoencoder's factor and `patch_size` do not divide `resolution`.
+    """
+    channels, factor = (3, 1) if vae is None else (vae.config.latent_channels, vae_scale_factor(vae))
+    if resolution % (factor * patch_size):
+        because = f"`patch_size` ({patch_size})"
+        if vae is not None:
+            because = f"{factor * patch_size}: autoencoder factor {factor} x `patch_size` {patch_size}"
+        raise ValueError(f"`resolution` ({resolution}) must be a multiple of {because}.")
+    return channels, resolution // factor
+
+
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Hex digest of a model's configuration and weights: the same wherever they were loaded from."""
+    """Hex digest of a model's weights and of how its latents are scaled: the same wherever they were loaded from."""
     digest = hashlib.sha256(type(model).__name__.encode())
-    digest.update(json.dumps({key: str(model.config.get(key)) for key in ("scaling_factor", "shift_factor")}).encode())
+    scale = {key: str(getattr(model.config, key, None)) for key in ("scaling_factor", "shift_factor")}
+    digest.update(json.dumps(scale).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -198,7 +214,7 @@ class LatentCache:
         vae: the autoencoder, or `None` for pixels.
         flip: whether mirror images belong to the data.
         cache_dir: folder of all caches.
-        shard_size: images of a shard; by default as many as fit in 256 MiB, at most 4096.
+        shard_size: images of a shard; by default as many as fit in 256 MiB, at most 1024.
     """
 
     def __init__(self, images: LabelledImages, vae, flip: bool, cache_dir: str | Path, shard_size: int | None = None):

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
@@ -62,7 +61,7 @@ class Logbook:
             # Trackers take numbers, strings and booleans only.
             settings = {
                 name: value if isinstance(value, (int, float, str)) else str(value)
-                for name, value in config.to_dict().items()
+                for name, value in config.shareable().to_dict().items()
             }
             accelerator.init_trackers("freqgate_dit", config=settings)
         # A bar is for a terminal; log files get lines. (`disable=False` would overrule TQDM_DISABLE.)
@@ -77,14 +76,15 @@ class Logbook:
 
     @contextmanager
     def spare(self, what: str, step: int):
-        """Inside, failing to write `what` does not cost the run."""
+        """Inside, failing to make or write `what`, for whatever reason, does not cost the run."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            self.tell(f"step {step}: could not write {what} ({error}); the run goes on")
+        except Exception as error:
+            self.tell(f"step {step}: could not write {what} ({type(error).__name__}: {error}); the run goes on")
 
     def log(self, step: int, values: dict[str, float]):
-        """Numbers to metrics.jsonl and trackers."""
+        """Numbers to metrics.jsonl and trackers; what is not finite is left out, as it is no JSON."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.is_main:
             with self.spare("metrics.jsonl", step):
                 self.metrics.add(step, values)

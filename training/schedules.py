@@ -5,6 +5,7 @@ import math
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
+from freqgate_dit.losses import DiffusionObjective
 from freqgate_dit.training.config import ObjectiveConfig, TrainConfig
 
 
@@ -38,3 +39,15 @@ def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDP
             "DDPMScheduler and EulerDiscreteScheduler disagree on the noise schedule; please report it."
         )
     return training, sampling
+
+
+def make_objective(config: ObjectiveConfig, scheduler: DDPMScheduler) -> DiffusionObjective:
+    """The loss of training, with the noise of `scheduler`."""
+    return DiffusionObjective(
+        scheduler,
+        config.timestep_sampling,
+        config.logit_mean,
+        config.logit_std,
+        config.min_snr_gamma,
+        config.spectral_weight,
+    )

@@ -18,7 +18,7 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
     # How often processes ask each other whether one of them was signalled, which waits for the device. A launcher
     # kills what still runs 30 s after the signal: where steps are slow, a number of steps alone would be too late.
-    MAX_STEPS, SECONDS = 10, 2.0
+    MAX_STEPS, SECONDS = 200, 2.0
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

@@ -10,13 +10,11 @@ do and stops; `--resume latest` goes on with the newest complete checkpoint of `
 import contextlib
 import math
 import os
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
 from diffusers import EulerDiscreteScheduler
 from safetensors import SafetensorError
 
@@ -25,13 +23,14 @@ from safetensors import SafetensorError
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from freqgate_dit.losses import DiffusionObjective, drop_labels
-from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, vae_scale_factor
+from freqgate_dit.losses import drop_labels
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training.batches import DROPOUT, Batches, derived_seed
 from freqgate_dit.training.checkpoints import (
     Checkpoint,
     CheckpointError,
     average_group,
+    checkpoint_folders,
     find_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
@@ -43,16 +42,26 @@ from freqgate_dit.training.cost import describe_cost
 from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_images
 from freqgate_dit.training.ema import WeightAverages
 from freqgate_dit.training.guards import UpdateGuard
-from freqgate_dit.training.hardware import bf16_is_fast, memory_bytes, use_all_cores
+from freqgate_dit.training.hardware import memory_bytes, wait_for
 from freqgate_dit.training.image_sources import replace_file
 from freqgate_dit.training.initialise import initialise, read_source
-from freqgate_dit.training.latents import LatentCache, data_bytes, latent_statistics, load_vae, scale_warning
-from freqgate_dit.training.logbook import Logbook, check_tracker
+from freqgate_dit.training.latents import (
+    LatentCache,
+    data_bytes,
+    latent_statistics,
+    load_vae,
+    sample_shape,
+    scale_warning,
+    weights_fingerprint,
+)
+from freqgate_dit.training.launching import resume_command, start_accelerator
+from freqgate_dit.training.logbook import Logbook
 from freqgate_dit.training.posthoc_ema import save_snapshot
-from freqgate_dit.training.preflight import check_disk, gib, refuse_launchers, run_bytes
+from freqgate_dit.training.preflight import check_disk, gib, run_bytes
 from freqgate_dit.training.previews import preview_grid
+from freqgate_dit.training.publishing import write_pipeline
 from freqgate_dit.training.resume import refuse_other_run
-from freqgate_dit.training.schedules import is_spread, learning_rate, make_schedulers
+from freqgate_dit.training.schedules import is_spread, learning_rate, make_objective, make_schedulers
 from freqgate_dit.training.stopping import StopRequest
 from freqgate_dit.training.validation import Validation
 from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
@@ -70,8 +79,12 @@ class Trainer:
         self.config = config
         train = config.train
         self.output_dir = Path(train.output_dir)
-        refuse_launchers()
-        self._start_accelerator()
+        self.accelerator = start_accelerator(train)
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.global_batch_size = (
+            train.per_device_batch_size * self.accelerator.num_processes * train.gradient_accumulation_steps
+        )
         if train.dry_run:
             self.print(config.to_yaml())
         if (self.output_dir / "config.yaml").exists() and not train.resume and not train.dry_run:
@@ -85,6 +98,7 @@ class Trainer:
         self._refuse_untrained_guidance()
         self.vae = load_vae(config.latents)
         self.total_steps = train.max_steps or math.ceil(train.num_epochs * len(images) / self.global_batch_size)
+        self.checkpoint = self._find_checkpoint()
         self._build_model()
         self._describe(len(images))
         if train.dry_run:
@@ -92,6 +106,7 @@ class Trainer:
 
         check_disk(self.output_dir, self._run_bytes())
         self.step = 0
+        self.fingerprints = self._fingerprints(images, heldout_images)
         self.averages = WeightAverages(self.model, train.ema)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -101,9 +116,10 @@ class Trainer:
             fused=True,
         )
         self.guard = UpdateGuard(self.optimizer, self.device, train.max_skipped_steps)
-        if train.resume:
+        if self.checkpoint is not None:
             self._resume()
         self._encode(images, heldout_images)
+        check_disk(self.output_dir, self._run_bytes())  # again, as encoded data may have filled it
         self._open_output_dir()
         self._prepare()
 
@@ -111,42 +127,6 @@ class Trainer:
 
     def print(self, *lines: str, **kwargs):
         self.accelerator.print(*lines, **kwargs)
-
-    def _start_accelerator(self):
-        train = self.config.train
-        check_tracker(train.report_to)
-        self.accelerator = Accelerator(
-            mixed_precision=self._mixed_precision(),
-            log_with=None if train.report_to == "none" else train.report_to,
-            project_dir=str(self.output_dir / "logs"),
-        )
-        use_all_cores(train.cpu_threads)
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != self.accelerator.num_processes:
-            raise ValueError(
-                f"the launcher started {started} processes, but without a GPU each of them would train alone: set "
-                "ACCELERATE_USE_CPU=true in the environment for processes on the CPU, or `--num_processes 1`."
-            )
-        supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        if self.accelerator.distributed_type not in supported:
-            raise ValueError(
-                f"`accelerate launch` is set to {self.accelerator.distributed_type.value}, which this trainer "
-                "does not support (the weight averages need whole parameters): use one process or plain --multi_gpu."
-            )
-        self.device = self.accelerator.device
-        self.is_main = self.accelerator.is_main_process
-        self.global_batch_size = (
-            train.per_device_batch_size * self.accelerator.num_processes * train.gradient_accumulation_steps
-        )
-
-    def _mixed_precision(self) -> str:
-        choice = self.config.train.mixed_precision
-        if choice != "auto":
-            return choice
-        device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
-        return "bf16" if bf16_is_fast(device) else "no"
 
     def _load_images(self) -> tuple[LabelledImages, LabelledImages]:
         # A dry run leaves nothing behind, not even an index of the images.
@@ -161,8 +141,15 @@ class Trainer:
         note = " (built in; train on your own with --dataset FOLDER)" if self.config.data.dataset == BUILT_IN else ""
         self.print(f"data set {self.config.data.dataset}{note}, made {images.resolution} px by --resolution")
         self.print(describe(images, heldout_images))
-        self.data_fingerprint = images.fingerprint
         return images, heldout_images
+
+    def _fingerprints(self, *parts: LabelledImages) -> dict[str, str | None]:
+        """Of what this run reads: option -> digest of the content, wherever it lies."""
+        return {
+            "dataset": " ".join(part.fingerprint for part in parts),
+            "vae": None if self.vae is None else weights_fingerprint(self.vae),
+            "text_encoder": self.condition.fingerprint(),
+        }
 
     def _refuse_untrained_guidance(self):
         scale = self.config.sampling.guidance_scale
@@ -174,36 +161,18 @@ class Trainer:
 
     def _build_model(self):
         config = self.config
-        channels, size = 3, config.data.resolution
-        if self.vae is not None:
-            channels = self.vae.config.latent_channels
-            factor = vae_scale_factor(self.vae)
-            if size % (factor * config.model.patch_size):
-                raise ValueError(
-                    f"`resolution` ({size}) must be a multiple of {factor * config.model.patch_size}: autoencoder "
-                    f"factor {factor} x `patch_size` {config.model.patch_size}."
-                )
-            size //= factor
-        elif size % config.model.patch_size:
-            raise ValueError(f"`resolution` ({size}) must be a multiple of `patch_size` ({config.model.patch_size}).")
+        channels, size = sample_shape(self.vae, config.data.resolution, config.model.patch_size)
         torch.manual_seed(config.train.seed)
         self.model = config.model.build(channels, size, self.condition.model_arguments()).to(self.device)
         training, self.sampling_scheduler = make_schedulers(config.objective, config.sampling.timestep_spacing)
-        self.objective = DiffusionObjective(
-            training,
-            config.objective.timestep_sampling,
-            config.objective.logit_mean,
-            config.objective.logit_std,
-            config.objective.min_snr_gamma,
-            config.objective.spectral_weight,
-        )
+        self.objective = make_objective(config.objective, training)
         # A resumed run has weights of its own; what it once started from may be gone by now.
-        if config.train.init_from and not config.train.resume:
+        if config.train.init_from and self.checkpoint is None:
             self._initialise()
 
     def _initialise(self):
         with self.accelerator.main_process_first():  # it downloads, the others find it in the cache
-            source = read_source(self.config.train.init_from)
+            source = read_source(self.config.train.init_from, self.config.train.init_revision)
         self.print(initialise(self.model, source, self.condition.class_names))
         ours = self.config.objective.prediction_type
         if source.prediction_type not in (None, ours):
@@ -234,20 +203,28 @@ class Trainer:
     def _run_bytes(self) -> int:
         return run_bytes(self.model, self.total_steps, self.config.train, self.vae, self.condition.text_encoder)
 
-    def _resume(self):
-        folder = find_checkpoint(self.config.train.resume, self.output_dir / "checkpoints", tell=self.print)
-        if folder is None:
+    def _find_checkpoint(self) -> Path | None:
+        resume = self.config.train.resume
+        if not resume:
+            return None
+        found = find_checkpoint(resume, self.output_dir / "checkpoints", tell=self.print)
+        if found is None:
             self.print("nothing to resume yet: starting at step 0")
-            return
-        checkpoint = load_checkpoint(folder, self.device)
-        state = checkpoint.state
-        refuse_other_run(self.config, folder.name, state, self.data_fingerprint, self.global_batch_size)
+        return found
+
+    def _resume(self):
+        checkpoint = load_checkpoint(self.checkpoint, self.device)
+        state, name = checkpoint.state, self.checkpoint.name
+        refuse_other_run(self.config, name, state, self.fingerprints, self.global_batch_size)
         self.model.load_state_dict(checkpoint.tensors["model"])
         averages = {name: checkpoint.tensors[average_group(name)] for name in state["ema"]}
         self.averages.load(averages, state["averages"])
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
         self.step = state["step"]
-        self.print(f"resuming from {folder.name}")
+        self.print(f"resuming from {name}")
+        later = [path.name for path in checkpoint_folders(self.output_dir / "checkpoints") if path.name > name]
+        if later:
+            self.print(f"  the first save deletes what lies beyond it: {', '.join(later)}")
 
     def _encode(self, images: LabelledImages, heldout_images: LabelledImages):
         config, accelerator = self.config, self.accelerator
@@ -258,7 +235,8 @@ class Trainer:
         for cache in (train_cache, heldout_cache):
             cache.encode(self.device, *share)
         accelerator.wait_for_everyone()
-        data, heldout = (cache.load(self.device) for cache in (train_cache, heldout_cache))
+        resident = config.latents.data_on_device
+        data, heldout = (cache.load(self.device, resident) for cache in (train_cache, heldout_cache))
         if self.vae is not None:
             warning = scale_warning(latent_statistics(data).std)
             if warning:
@@ -319,7 +297,8 @@ class Trainer:
         self.finish()
 
     def _loop(self):
-        config, watch, stopping = self.config.train, self.logbook.watch, False
+        config, watch = self.config.train, self.logbook.watch
+        stopping = save_due = False
         watch.restart()
         with StopRequest(self.accelerator) as request, self.logbook.bar as bar:
             while self.step < self.total_steps and not stopping:
@@ -330,16 +309,21 @@ class Trainer:
                 bar.update()
                 if self.due(config.log_every):
                     self.report()
-                with watch.pause():
-                    stopping = request.agreed(self.step)
-                    if self.due(config.validate_every):
-                        self.validate()
-                    if self.due(config.preview_every):
-                        self.preview()
-                    if is_spread(self.step, config.ema_snapshots, self.total_steps):
-                        self.snapshot()
-                    if self.due(config.save_every) or stopping:
-                        self.save(stopping)
+                stopping = request.agreed(self.step)
+                save_due |= stopping or self.due(config.save_every)
+                snapshot_due = is_spread(self.step, config.ema_snapshots, self.total_steps)
+                validate_due, preview_due = self.due(config.validate_every), self.due(config.preview_every)
+                if save_due or snapshot_due or validate_due or preview_due:
+                    wait_for(self.device)  # what it has queued is training, and no part of the pause
+                    with watch.pause():
+                        # Saved first: what comes after may fail, or take longer than a launcher waits after SIGTERM.
+                        save_due = save_due and not self.save(stopping)
+                        if snapshot_due:
+                            self.snapshot()
+                        if validate_due and not stopping:
+                            self.validate()
+                        if preview_due and not stopping:
+                            self.preview()
 
     def update(self, global_batch) -> torch.Tensor:
         """One optimiser step; the mean loss terms, gradient norm and whether it was skipped, on the device."""
@@ -425,17 +409,19 @@ class Trainer:
                 id2label=dict(enumerate(names)),
                 class_dropout_prob=None if self.condition.is_none else self.config.objective.class_dropout_prob,
             )
-            # The autoencoder is still on the CPU if the latents came from the cache.
-            yield pipeline.to(self.device)
-            self.model.train()
+            try:
+                # The autoencoder is still on the CPU if the latents came from the cache.
+                yield pipeline.to(self.device)
+            finally:
+                self.model.train()
 
     def preview(self):
         """A grid of samples, always of the same labels and seeds."""
         if not self.is_main:
             return
-        with self.published_pipeline() as pipeline:
-            grid = preview_grid(pipeline, self.condition, self.config.sampling, self.can_guide)
         with self.logbook.spare("the preview", self.step):
+            with self.published_pipeline() as pipeline:
+                grid = preview_grid(pipeline, self.condition, self.config.sampling, self.can_guide)
             folder = self.output_dir / "previews"
             folder.mkdir(exist_ok=True)
             grid.save(folder / f"step_{self.step:08d}.png")
@@ -447,60 +433,76 @@ class Trainer:
             with self.logbook.spare("a snapshot of the weight averages", self.step):
                 save_snapshot(self.output_dir / "ema_snapshots", self.averages, self.step)
 
-    def save(self, stopping: bool):
-        """A checkpoint that `--resume` continues from. If that fails, the run goes on to the next one."""
+    def save(self, stopping: bool) -> bool:
+        """A checkpoint that `--resume` continues from; whether one was written, or failed to be.
+
+        After a step that was skipped the weights may be lost, and must not push out good checkpoints: it waits for the
+        next good step, unless there is none. If it cannot be written, the run goes on to the next one.
+        """
+        bad_row = self.guard.counts()[1]
+        if bad_row and not stopping and self.step < self.total_steps:
+            return False
         self.unsaved = None
-        config, lost = self.config.train, self.guard.counts()[1] > 0
-        if lost and not stopping:
-            # Weights at which the gradient is not finite may be lost: they must not push out good checkpoints.
-            self.unsaved = f"step {self.step} is not saved: its gradient is not finite"
+        if bad_row and not stopping and not math.isfinite(self.heldout_loss()):
+            self.unsaved = f"step {self.step} is not saved: its gradient is not finite, nor is the held-out loss"
         elif self.is_main:
-            groups = {average_group(name): self.averages.tensors(name) for name in self.averages.profiles}
-            checkpoint = Checkpoint(
-                tensors={
-                    "model": self.model.state_dict(),
-                    "optimizer": optimizer_tensors(self.optimizer, self.model),
-                    **groups,
-                },
-                state={
-                    "step": self.step,
-                    "ema": list(self.averages.profiles),
-                    "averages": self.averages.state(),
-                    "global_batch_size": self.global_batch_size,
-                    "data_fingerprint": self.data_fingerprint,
-                    "class_names": list(self.condition.class_names),
-                    "config": self.config.to_dict(),
-                },
-            )
+            config = self.config.train
             try:
-                keep = config.keep_checkpoints + lost
-                checkpoint.save(self.output_dir / "checkpoints", keep, config.keep_every)
-            except CheckpointError as error:
+                # A stop in a bad row: what is saved may be lost, so it comes on top of what is kept.
+                keep = config.keep_checkpoints + (bad_row > 0)
+                self._checkpoint().save(self.output_dir / "checkpoints", keep, config.keep_every)
+            except OSError as error:
                 self.unsaved = str(error)
         if self.unsaved:
             self.logbook.tell(self.unsaved)
         self.accelerator.wait_for_everyone()
+        return True
+
+    def _checkpoint(self) -> Checkpoint:
+        groups = {average_group(name): self.averages.tensors(name) for name in self.averages.profiles}
+        return Checkpoint(
+            tensors={
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer, self.model),
+                **groups,
+            },
+            state={
+                "step": self.step,
+                "ema": list(self.averages.profiles),
+                "averages": self.averages.state(),
+                "global_batch_size": self.global_batch_size,
+                "fingerprints": self.fingerprints,
+                "class_names": list(self.condition.class_names),
+                "config": self.config.to_dict(),
+            },
+        )
+
+    def heldout_loss(self) -> float:
+        self.model.eval()
+        totals = self.accelerator.reduce(self.validation(partial(self.denoise, self.model)), "sum")
+        self.model.train()
+        return self.validation.summarise(totals).loss
 
     def finish(self):
-        """Curves; at the end of the run the pipeline folder with averaged weights; and a word on how to go on."""
-        self.logbook.draw(self.step)
+        """At the end of the run the pipeline folder; curves; and a word on how to go on."""
         if self.is_main and self.step == self.total_steps and not self.unsaved:
-            try:
-                self.publish()
-            except (OSError, SafetensorError) as error:
-                self.unsaved = f"the pipeline could not be written ({error})"
+            self.publish()
+        self.logbook.draw(self.step)
         self.close()
+        again = resume_command(self.accelerator, self.output_dir)
         if self.unsaved:
-            raise CheckpointError(f"{self.unsaved}. Go on from the newest checkpoint with:\n  {self.resume_command()}")
+            raise CheckpointError(f"{self.unsaved}. Go on from the newest checkpoint with:\n  {again}")
         if self.step < self.total_steps:
-            self.print(f"\nstopped and saved at step {self.step} of {self.total_steps}; go on with:")
-            self.print(f"  {self.resume_command()}")
+            self.print(f"\nstopped and saved at step {self.step} of {self.total_steps}; go on with:\n  {again}")
 
     def publish(self):
         folder = self.output_dir / "pipeline"
-        with self.published_pipeline() as pipeline:
-            pipeline.save_pretrained(folder)
-        self.config.save(folder / "training_config.yaml")
+        try:
+            with self.published_pipeline() as pipeline:
+                write_pipeline(pipeline, folder, self.config)
+        except (OSError, SafetensorError) as error:
+            self.unsaved = f"the pipeline could not be written ({error})"
+            return
         self.print(
             f"\npipeline    {folder}"
             f"\ncurves      {self.output_dir / 'loss.png'}"
@@ -509,18 +511,6 @@ class Trainer:
             f"\n\n  from freqgate_dit import FreqGateDiTPipeline\n"
             f'  pipe = FreqGateDiTPipeline.from_pretrained("{folder}")'
         )
-
-    def resume_command(self) -> str:
-        """The command that goes on with this run, as it was launched."""
-        script = "-m freqgate_dit.training.train" if Path(sys.argv[0]).is_absolute() else shlex.quote(sys.argv[0])
-        processes = self.accelerator.num_processes
-        launcher = (
-            f"accelerate launch --multi_gpu --num_processes {processes}" if processes > 1 else "accelerate launch"
-        )
-        if processes > 1 and self.device.type == "cpu":
-            launcher = f"ACCELERATE_USE_CPU=true {launcher}"
-        launcher = launcher if "ACCELERATE_MIXED_PRECISION" in os.environ or processes > 1 else "python"
-        return f"{launcher} {script} --config {shlex.quote(str(self.output_dir / 'config.yaml'))} --resume latest"
 
     def close(self):
         # No process leaves the group while another needs it, and no model holds it longer than Python does: freed from
