@@ -146,10 +146,12 @@ def require_same_bits(runs: Runs, name: str, steps: int):
 
 
 def kills(runs: Runs, count: int, seed: int) -> dict:
-    """Kill a run that saves after every step, at random moments, and go on with it each time."""
+    """Kill a run that saves after every step, at random moments, and go on with it each time; until `count` kills have
+    hit a save."""
     chance, checkpoints, known, rows = random.Random(seed), runs.checkpoints("killed"), 0, []
-    for number in range(count):
-        row = killed_run(runs, known, chance, resume=number > 0)
+    while sum(row["unfinished_save"] for row in rows) < count:
+        check(len(rows) < 10 * count, f"{len(rows)} kills, and hardly one has hit a save")
+        row = killed_run(runs, known, chance, resume=bool(rows))
         row["newest_complete"] = known = verified(runs, row.pop("complete_before"))
         row["steps_lost"] = last_logged(runs.folder / "killed") - known
         rows.append(row)
@@ -161,9 +163,9 @@ def kills(runs: Runs, count: int, seed: int) -> dict:
     left = sorted(path.name for path in checkpoints.iterdir())
     check(left == [f"step_{step:08d}" for step in (steps - 1, steps)], f"left over in the end: {left}")
     return {
-        "kills": count,
-        "kills_during_a_save": sum(row["unfinished_save"] for row in rows),
-        "resumes": count,
+        "kills": len(rows),
+        "kills_during_a_save": count,
+        "resumes": len(rows),
         "steps": steps,
         "most_steps_lost": max(row["steps_lost"] for row in rows),
         "bit_equal": True,
@@ -364,7 +366,7 @@ def measure(runs: Runs, parts: list[str], count: int, seed: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="*", help="kills, file_limit, tmpfs, SIGINT, SIGTERM; by default all")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="that hit a save; those between saves come on top")
     parser.add_argument("--kill_seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments, more = parser.parse_known_args()
