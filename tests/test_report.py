@@ -2,10 +2,13 @@
 
 import json
 import os
+import platform
+import sys
 
 import pytest
 import torch
 from components import tiny_transformer
+from tiny_runs import ROOT, run
 
 from freqgate_dit.training.config import TrainConfig
 from freqgate_dit.training.cost import count_parameters, flops_per_forward
@@ -72,3 +75,26 @@ def test_threads_are_those_granted_and_shared_by_the_processes(monkeypatch):
         assert available_cores() == os.cpu_count()
     finally:
         torch.set_num_threads(threads)
+
+
+def test_freed_memory_is_kept(tmp_path):
+    """Tensors of 64 MB, again and again: soon their pages are there, unless the environment says otherwise."""
+    script = """
+import resource, torch
+from freqgate_dit.training.hardware import keep_freed_memory
+torch.set_num_threads(1)
+keep_freed_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    for _ in range(5):
+        torch.ones(2**24).add(1)
+work()
+before = faults()
+work()
+print(faults() - before)
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc is asked")
+    kept = int(run(sys.executable, "-c", script, PYTHONPATH=str(ROOT)).stdout)
+    given_back = int(run(sys.executable, "-c", script, PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536").stdout)
+    assert kept < 1000 < given_back

@@ -1,6 +1,8 @@
 """What the machine can do."""
 
+import ctypes
 import os
+import platform
 
 import psutil
 import torch
@@ -30,6 +32,22 @@ def use_all_cores(threads: int | None = None):
     asked_for = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0] or 1)
     shared = max(1, available_cores() // local_processes)
     torch.set_num_threads(threads or (asked_for if asked_for > 1 else shared))
+
+
+def keep_freed_memory():
+    """Have the C library keep memory that is freed, instead of giving it back to the system.
+
+    A training step frees the activations that the next one allocates again. Given back in between, every page of them
+    is taken from the system anew, at the cost of a page fault (measured by benchmarks/freed_memory.py). Only glibc is
+    asked, and not if the environment has settings of its own for it (`MALLOC_*`, `GLIBC_TUNABLES`).
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    # The constants of malloc.h: no trimming of the heap, no mappings of their own for large tensors.
+    trim_threshold, mmap_max = -1, -4
+    libc.mallopt(trim_threshold, -1)
+    libc.mallopt(mmap_max, 0)
 
 
 def memory_bytes(device: torch.device) -> int:

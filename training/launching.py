@@ -12,7 +12,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from freqgate_dit.training.config import TrainConfig
-from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
+from freqgate_dit.training.hardware import bf16_is_fast, keep_freed_memory, use_all_cores
 from freqgate_dit.training.logbook import check_tracker
 from freqgate_dit.training.preflight import refuse_launchers
 
@@ -40,6 +40,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     use_all_cores(config.cpu_threads)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise ValueError(
