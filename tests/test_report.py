@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import sys
 
 import pytest
@@ -97,4 +98,5 @@ print(faults() - before)
         pytest.skip("only glibc is asked")
     kept = int(run(sys.executable, "-c", script, PYTHONPATH=str(ROOT)).stdout)
     given_back = int(run(sys.executable, "-c", script, PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536").stdout)
-    assert kept < 1000 < given_back
+    # Every page of ten tensors; and some, as the heap is cut differently and the kernel may reclaim what lies idle.
+    assert given_back >= 10 * 2**26 // resource.getpagesize() and kept < given_back / 2
