@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import set_seed
+from output import write_result
 
 from freqgate_dit import FreqGateDiTTransformer2DModel
 from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
@@ -69,9 +70,7 @@ def main():
         "torch": torch.__version__,
     }
     print(json.dumps(result, indent=2))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

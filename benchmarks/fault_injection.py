@@ -27,6 +27,7 @@ from pathlib import Path
 import accelerate
 import safetensors
 import torch
+from output import write_result
 
 from freqgate_dit.training.checkpoints import complete_checkpoints, find_checkpoint, load_checkpoint, step_of
 from freqgate_dit.training.config import parse_config
@@ -384,9 +385,7 @@ def main():
         "safetensors": safetensors.__version__,
         "system": platform.system(),
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from output import write_result
 from tqdm.auto import tqdm
 
 from freqgate_dit.training.logbook import JsonLines
@@ -73,8 +74,7 @@ def main():
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(result, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import numpy as np
 import PIL
 import safetensors
 import torch
+from output import write_result
 from PIL import Image
 
 from freqgate_dit.training.batches import Batches
@@ -139,9 +140,7 @@ def main():
         "pillow": PIL.__version__,
         "safetensors": safetensors.__version__,
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ Nothing is computed: models are built on the meta device.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
+from output import write_result
 
 from freqgate_dit import VARIANTS
 from freqgate_dit.training.cost import count_parameters, flops_per_forward
@@ -66,9 +66,7 @@ def main():
             f"| {row['parameters_with_projection_per_block'] / 1e6:.2f} M | {source} | {row['gflops_forward']:.2f} "
             f"| {row['parameters_default_three_classes'] / 1e6:.2f} M |"
         )
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+    write_result({"torch": torch.__version__, "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

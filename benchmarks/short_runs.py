@@ -6,12 +6,12 @@ One seed and a short budget: this shows that all variants train, and says nothin
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from output import write_result
 
 from freqgate_dit import VARIANTS
 from freqgate_dit.training.config import parse_config
@@ -69,9 +69,7 @@ def main():
     for variant, row in rows.items():
         raw, ema = (list(row["validation_loss"][name].values())[-1] for name in ("raw", "ema"))
         print(f"| {variant} | {row['parameters'] / 1e6:.2f} M | {row['gflops_forward']:.2f} | {raw:.4f} | {ema:.4f} |")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ python benchmarks/summarise_run.py runs/mine --out results/mine.json
 """
 
 import argparse
-import json
 import platform
 import statistics
 from pathlib import Path
 
 import torch
 import yaml
+from output import write_result
 
 from freqgate_dit.training.logbook import JsonLines
 
@@ -38,8 +38,7 @@ def main():
     for name in ("dataset", "vae", "text_encoder", "tokenizer"):
         if settings[name] and "/" in settings[name]:
             result["settings"][name] = Path(settings[name]).name
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out)
     print(f"wrote {arguments.out}")
 
 

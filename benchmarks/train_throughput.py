@@ -48,6 +48,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, DDPMScheduler, DiTTransformer2DModel
+from output import write_result
 from torch.profiler import ProfilerActivity, profile
 
 from freqgate_dit.pipelines.pipeline_freqgate_dit import encode_to_latent_moments
@@ -308,9 +309,7 @@ def main():
         },
     }
     print(json.dumps(result, indent=2))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

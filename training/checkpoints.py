@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from freqgate_dit.training.files import replace_folder
+
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_(\d{8})")
@@ -49,15 +51,10 @@ class Checkpoint:
             CheckpointError: if it cannot be written, for want of space, say; nothing was deleted then.
         """
         target = folder / f"step_{self.state['step']:08d}"
-        temporary = folder / f"{target.name}.tmp"
         try:
             _clear_up(folder)
-            temporary.mkdir(parents=True)
-            self._write(temporary)
-            put_in_place(temporary, target)
+            replace_folder(target, self._write)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            _undo_unfinished_replacement(folder)
             raise CheckpointError(
                 f"checkpoint {target.name} could not be written ({error}). Complete ones are untouched: "
                 f"{[path.name for path in complete_checkpoints(folder)]}. Make room where `output_dir` lies"
@@ -71,34 +68,7 @@ class Checkpoint:
             save_file(tensors, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(json.dumps(self.state, indent=2))
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
-        for path in folder.iterdir():
-            sync(path)
-        # Last, so that a folder with a manifest has everything that it names.
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        sync(folder / MANIFEST)
-        sync(folder)
-
-
-def sync(path: Path):
-    """Have the disk hold what was written to a file, or which files a folder has."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def put_in_place(temporary: Path, target: Path):
-    """Give a complete folder its name. One of the same name is moved aside first, and deleted after."""
-    replaced = target.with_name(f"{target.name}.replaced")
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(target, replaced)
-    os.replace(temporary, target)
-    sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _clear_up(folder: Path):
@@ -109,7 +79,7 @@ def _clear_up(folder: Path):
 
 
 def _undo_unfinished_replacement(folder: Path):
-    """A run killed between the two renames of `put_in_place` has left its checkpoint under the other name."""
+    """A run killed between the two renames of `replace_folder` has left its checkpoint under the other name."""
     for replaced in folder.glob("step_*.replaced"):
         target = replaced.with_suffix("")
         if not target.exists():

@@ -4,11 +4,11 @@ import glob
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from freqgate_dit.training.files import replace_file
 
 
 if TYPE_CHECKING:
@@ -109,18 +109,6 @@ class Index:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"format": self.FORMAT, "entries": entries})
         replace_file(self.path, lambda temporary: temporary.write_text(content))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is there whole or not at all, also after a crash; of several writers the last one wins."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_snapshot(path: Path) -> bool:

@@ -14,7 +14,6 @@ with the square of the number of snapshots, and is larger outside the range of t
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
@@ -35,6 +34,8 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training.ema import EMAProfile, WeightAverages, sigma_rel_to_gamma
+from freqgate_dit.training.files import replace_file, replace_folder
+from freqgate_dit.training.publishing import forget_origin
 
 
 SNAPSHOTS = "ema_snapshots"
@@ -81,17 +82,14 @@ def save_snapshot(folder: Path, averages: WeightAverages, step: int) -> Path:
     for path in folder.glob("step_*.tmp"):
         path.unlink()
     target = folder / f"step_{step:08d}.safetensors"
-    temporary = target.with_suffix(".tmp")
     tensors = {
         f"{profile}/{name}": tensor.cpu().contiguous()
         for profile in profiles
         for name, tensor in averages.tensors(profile).items()
     }
     about = {"step": step, "updates": averages.updates, "profiles": profiles}
-    save_file(tensors, temporary, metadata={"snapshot": json.dumps(about)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    metadata = {"snapshot": json.dumps(about)}
+    replace_file(target, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     for path in snapshot_paths(folder):
         if path.name > target.name:
             path.unlink()
@@ -214,19 +212,19 @@ def posthoc_average(folder: Path, sigma_rel: float, updates: int | None = None) 
 # -- the script ----------------------------------------------------------------------------------------------------
 
 
-def write_pipeline(source: Path, target: Path, average: dict[str, torch.Tensor], about: dict):
+def write_average(source: Path, target: Path, average: dict[str, torch.Tensor], about: dict):
     """Copy the pipeline folder `source` to `target`, the transformer's weights replaced; `about` says by what."""
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
     # Only the transformer is needed, and loads without the optional components.
     pipeline = FreqGateDiTPipeline.from_pretrained(source, vae=None, text_encoder=None, tokenizer=None)
     pipeline.transformer.load_state_dict(average)
-    pipeline.transformer.save_pretrained(temporary / "transformer")
-    # diffusers adds the path that the model came from, which is nobody's business.
-    shutil.copyfile(source / "transformer" / "config.json", temporary / "transformer" / "config.json")
-    (temporary / "posthoc_ema.json").write_text(json.dumps(about, indent=2) + "\n")
-    os.replace(temporary, target)
+
+    def write(temporary: Path):
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        pipeline.transformer.save_pretrained(temporary / "transformer")
+        forget_origin(temporary / "transformer" / "config.json")
+        (temporary / "posthoc_ema.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    replace_folder(target, write)
 
 
 def find_snapshots(run: Path, step: int | None) -> list[Snapshot]:
@@ -273,7 +271,7 @@ def run_script(run: Path, sigma_rels: Sequence[float], step: int | None, out: Pa
             "snapshot_steps": [snapshot.step for snapshot in snapshots],
             "relative_error_of_profile": errors[sigma_rel],
         }
-        write_pipeline(run / "pipeline", target, average, about)
+        write_average(run / "pipeline", target, average, about)
         print(f"sigma_rel {sigma_rel}: error of the profile {errors[sigma_rel]:.2%}, wrote {target}")
 
 

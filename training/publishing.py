@@ -1,13 +1,12 @@
 """The pipeline folder that is loaded and shared: whole or not there, and silent about the machine it comes from."""
 
 import json
-import shutil
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from freqgate_dit.training.checkpoints import put_in_place, sync
 from freqgate_dit.training.config import TrainingRun
+from freqgate_dit.training.files import replace_folder
 
 
 def write_pipeline(pipeline: DiffusionPipeline, folder: Path, config: TrainingRun):
@@ -16,19 +15,14 @@ def write_pipeline(pipeline: DiffusionPipeline, folder: Path, config: TrainingRu
     Raises:
         OSError, SafetensorError: if it cannot be written; what was there before is still there.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+
+    def write(temporary: Path):
         pipeline.save_pretrained(temporary)
         for path in temporary.glob("*/*config.json"):
             forget_origin(path)
         config.shareable().save(temporary / "training_config.yaml")
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        put_in_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+    replace_folder(folder, write)
 
 
 def forget_origin(config_file: Path):

@@ -41,9 +41,9 @@ from freqgate_dit.training.config import TrainingRun, parse_config
 from freqgate_dit.training.cost import describe_cost
 from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_images
 from freqgate_dit.training.ema import WeightAverages
+from freqgate_dit.training.files import replace_file
 from freqgate_dit.training.guards import UpdateGuard
 from freqgate_dit.training.hardware import memory_bytes, wait_for
-from freqgate_dit.training.image_sources import replace_file
 from freqgate_dit.training.initialise import initialise, read_source
 from freqgate_dit.training.latents import (
     LatentCache,
@@ -63,7 +63,7 @@ from freqgate_dit.training.publishing import write_pipeline
 from freqgate_dit.training.resume import refuse_other_run
 from freqgate_dit.training.schedules import is_spread, learning_rate, make_objective, make_schedulers
 from freqgate_dit.training.stopping import StopRequest
-from freqgate_dit.training.validation import Validation
+from freqgate_dit.training.validation import Validation, ValidationResult
 from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
 
 
@@ -382,17 +382,17 @@ class Trainer:
 
     def validate(self):
         """Held-out loss of the raw weights and of the published average, for the true and for the null condition."""
+        raw = self.held_out()
+        with self.averages.swapped_into(self.model):
+            averaged = self.held_out()
+        self.logbook.report_validation(self.step, raw, averaged)
+
+    def held_out(self) -> ValidationResult:
+        """Validation of the weights that the model has now, over all processes."""
         self.model.eval()
-        results = {}
-        for name, weights in (
-            ("raw", contextlib.nullcontext()),
-            ("averaged", self.averages.swapped_into(self.model)),
-        ):
-            with weights:
-                totals = self.validation(partial(self.denoise, self.model))
-            results[name] = self.validation.summarise(self.accelerator.reduce(totals, "sum"))
+        totals = self.accelerator.reduce(self.validation(partial(self.denoise, self.model)), "sum")
         self.model.train()
-        self.logbook.report_validation(self.step, **results)
+        return self.validation.summarise(totals)
 
     @contextlib.contextmanager
     def published_pipeline(self):
@@ -443,7 +443,7 @@ class Trainer:
         if bad_row and not stopping and self.step < self.total_steps:
             return False
         self.unsaved = None
-        if bad_row and not stopping and not math.isfinite(self.heldout_loss()):
+        if bad_row and not stopping and not math.isfinite(self.held_out().loss):
             self.unsaved = f"step {self.step} is not saved: its gradient is not finite, nor is the held-out loss"
         elif self.is_main:
             config = self.config.train
@@ -476,12 +476,6 @@ class Trainer:
                 "config": self.config.to_dict(),
             },
         )
-
-    def heldout_loss(self) -> float:
-        self.model.eval()
-        totals = self.accelerator.reduce(self.validation(partial(self.denoise, self.model)), "sum")
-        self.model.train()
-        return self.validation.summarise(totals).loss
 
     def finish(self):
         """At the end of the run the pipeline folder; curves; and a word on how to go on."""
