@@ -218,13 +218,15 @@ class DiTBlock(nn.Module):
         attention_bias: bool = True,
         norm_elementwise_affine: bool = False,
         norm_eps: float = 1e-6,
+        mlp_norm_eps: float | None = None,
         dropout: float = 0.0,
         qk_norm: bool = False,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
         self.attn = DiTAttention(dim, num_attention_heads, attention_head_dim, bias=attention_bias, qk_norm=qk_norm)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        mlp_norm_eps = norm_eps if mlp_norm_eps is None else mlp_norm_eps
+        self.norm2 = nn.LayerNorm(dim, eps=mlp_norm_eps, elementwise_affine=norm_elementwise_affine)
         self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn=activation_fn, dropout=dropout)
 
     def forward(self, hidden_states, temb, cond, image_rotary_emb=None):
@@ -305,20 +307,28 @@ class FreqGateDiTBlock(AdaLNZeroDiTBlock):
     per channel, with `Low, High = Linear(silu(y))`. The names state the hypothesis of the source experiment (the gate
     prefers Low early in denoising, High late); nothing in the function ties Low to low frequencies: swapping the two
     and negating `W_g` gives the same function.
+
+    With `gate_residual` the mixture is added to the condition, `c = y + g * Low(y) + (1 - g) * High(y)`, and Low and
+    High start at zero: with the weights of an adaLN-Zero model the block is that model's until it is trained. The
+    plain form cannot start there: Low and High see silu(y), and in general no linear map takes that back to y.
     """
 
     inspectable = {"modulation": "modulation", "gate": "gate"}
 
-    def __init__(self, dim, num_attention_heads, attention_head_dim, **kwargs):
+    def __init__(self, dim, num_attention_heads, attention_head_dim, gate_residual: bool = False, **kwargs):
         super().__init__(dim, num_attention_heads, attention_head_dim, **kwargs)
+        self.gate_residual = gate_residual
         self.gate = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.Sigmoid())
         self.low = nn.Linear(dim, dim)
         self.high = nn.Linear(dim, dim)
 
     def mix(self, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         gate = self.gate(temb)
-        cond = F.silu(cond)
-        return gate * self.low(cond) + (1 - gate) * self.high(cond) + temb
+        view = F.silu(cond)
+        mixed = gate * self.low(view) + (1 - gate) * self.high(view)
+        if self.gate_residual:
+            mixed = cond + mixed
+        return mixed + temb
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,16 +425,22 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         attention_bias (`bool`, defaults to `True`): bias of query, key and value.
         norm_elementwise_affine (`bool`, defaults to `False`): learned scale and shift in the LayerNorms.
         norm_eps (`float`, defaults to `1e-6`): epsilon of the LayerNorms.
+        mlp_norm_eps (`float`, *optional*): epsilon of the LayerNorms before the MLPs, defaults to `norm_eps`.
+            (diffusers' `DiTTransformer2DModel` has another one there.)
         dropout (`float`, defaults to `0.0`): dropout in the MLP.
         num_classes (`int`, *optional*): classes; label `num_classes` is the null condition of guidance.
         pooled_projection_dim (`int`, *optional*): size P of the pooled text embedding.
         output_modulation (`bool`, *optional*): final adaLN before the output projection; by default on in the
             adaLN-type variants and off in the token variants.
         modulation_rank (`int`, *optional*): low-rank modulation, adaLN-type variants only; `None` is full rank.
+        gate_residual (`bool`, defaults to `False`): Freq-Gate only; adds the gated mixture to the condition instead
+            of replacing it, so that the model can start as an adaLN-Zero model (see `FreqGateDiTBlock`).
         num_condition_tokens (`int`, defaults to `2`): memory of the cross-attention variant. 2 is time and condition,
             1 their sum (the source experiment's).
         qk_norm (`bool`, defaults to `False`): RMSNorm of queries and keys.
         use_rope (`bool`, defaults to `False`): axial rotary positions, in addition to the sin-cos table.
+        freq_shift (`int`, defaults to `0`): of the timestep's sinusoid, as in diffusers' UNets; 0 is DiT's, 1 that of
+            diffusers' `DiTTransformer2DModel`.
     """
 
     _supports_gradient_checkpointing = True
@@ -457,14 +473,17 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         attention_bias: bool = True,
         norm_elementwise_affine: bool = False,
         norm_eps: float = 1e-6,
+        mlp_norm_eps: float | None = None,
         dropout: float = 0.0,
         num_classes: int | None = None,
         pooled_projection_dim: int | None = None,
         output_modulation: bool | None = None,
         modulation_rank: int | None = None,
+        gate_residual: bool = False,
         num_condition_tokens: int = 2,
         qk_norm: bool = False,
         use_rope: bool = False,
+        freq_shift: int = 0,
     ):
         super().__init__()
         self._check_arguments()
@@ -472,7 +491,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         self.out_channels = out_channels or in_channels
 
         self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)
         self.time_embed = TimestepEmbedding(256, dim)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.text_embed = nn.Linear(pooled_projection_dim, dim) if pooled_projection_dim else None
@@ -488,6 +507,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 attention_bias=attention_bias,
                 norm_elementwise_affine=norm_elementwise_affine,
                 norm_eps=norm_eps,
+                mlp_norm_eps=mlp_norm_eps,
                 dropout=dropout,
                 qk_norm=qk_norm,
                 **variant_options,
@@ -507,7 +527,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         config = self.config
         if type(self).block_class is DiTBlock:
             raise TypeError(f"{type(self).__name__} is the base of the variants: instantiate one of {list(VARIANTS)}.")
-        for name, default in {"modulation_rank": None, "num_condition_tokens": 2}.items():
+        for name, default in {"modulation_rank": None, "gate_residual": False, "num_condition_tokens": 2}.items():
             if name not in self.variant_options and config[name] != default:
                 raise ValueError(
                     f"`{name}` ({config[name]}) does not apply to {type(self).__name__}: leave it at {default}."
@@ -551,6 +571,10 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
+            # A residual mixture starts at zero, so that the condition goes through as it is.
+            if isinstance(module, FreqGateDiTBlock) and module.gate_residual:
+                nn.init.zeros_(module.low.weight)
+                nn.init.zeros_(module.high.weight)
         nn.init.zeros_(self.proj_out.weight)
 
     # -- the parts of a forward pass --------------------------------------------------------------------------------
@@ -755,7 +779,7 @@ class FreqGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
 
     block_class = FreqGateDiTBlock
     modulates_output = True
-    variant_options = ("modulation_rank",)
+    variant_options = ("modulation_rank", "gate_residual")
 
 
 # Short name, as configs and tables use it -> class.

@@ -1,6 +1,7 @@
 """Fine-tuning: what is taken from a source, what stays fresh, what is refused, and that the user is told."""
 
 import itertools
+import json
 import re
 import shutil
 from functools import partial
@@ -9,13 +10,17 @@ import huggingface_hub
 import pytest
 import torch
 from components import LABELS, TEXT_DIM, assert_same_tensors, euler, make_pipeline, tiny_transformer
+from diffusers import DiTTransformer2DModel
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY, command_line, metrics, refusal, state, train
+from transformer_cases import inputs, tiny_dit
+from transformer_cases import run as output
 
 from freqgate_dit import VARIANTS
-from freqgate_dit.training.config import parse_config
-from freqgate_dit.training.initialise import CLASS_TABLE, HUB_FILES, initialise, read_source
+from freqgate_dit.convert import from_diffusers
+from freqgate_dit.training.config import ModelConfig, parse_config
+from freqgate_dit.training.initialise import CLASS_TABLE, HUB_FILES, PICKLED_FILES, initialise, read_source
 from freqgate_dit.training.train import main
 
 
@@ -289,6 +294,15 @@ def test_another_variant_gives_what_it_shares(folder):
     assert told.count("stays fresh, not in the source") == 6
 
 
+@pytest.mark.parametrize("changes", [{}, {"modulation_rank": 4}], ids=["plain", "low_rank"])
+def test_a_residual_gate_starts_as_its_adaln_zero_source(changes, folder):
+    source = tiny_transformer("adaln_zero", seed=1, **changes)
+    source.save_pretrained(folder)
+    model = VARIANTS["freq_gate"].from_config(tiny_transformer("freq_gate", gate_residual=True, **changes).config)
+    take(model, folder)
+    assert torch.equal(output(model), output(source)) and output(source).any()
+
+
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
 def test_another_width_is_refused(changes, folder):
     """The norms of queries and keys fit at any number of heads; they alone are no start."""
@@ -319,6 +333,146 @@ def test_another_architecture_is_refused(folder):
     with pytest.raises(ValueError, match="another architecture.*name a model of this package"):
         take(model, folder)
     assert_same_tensors(model.state_dict(), tiny_transformer(seed=2).state_dict())
+
+
+# -- of other origin --------------------------------------------------------------------------------------------------
+
+
+def save_dit(folder, **kwargs) -> DiTTransformer2DModel:
+    transformer = tiny_dit(seed=1, **kwargs)
+    transformer.save_pretrained(folder)
+    return transformer
+
+
+def change_json(file, **changes):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.is_file() else {}), **changes}))
+
+
+def pickle_weights(folder):
+    """As repositories were before safetensors."""
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+
+
+# Knobs of a model that computes what diffusers' DiT does.
+AS_IN_DIFFUSERS = {"freq_shift": 1, "mlp_norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_a_dit_of_diffusers_is_converted(name, pickled, folder):
+    transformer = save_dit(folder)
+    # What it was called when facebook/DiT-XL-2-256 was written.
+    change_json(folder / "config.json", _class_name=name)
+    if pickled:
+        pickle_weights(folder)
+    knobs = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    model = ModelConfig("adaln_zero", **knobs, **AS_IN_DIFFUSERS).build(4, 8, {"num_classes": 3})
+    _, told = take(model, folder)
+    with torch.no_grad():
+        expected = transformer(**inputs(model)).sample[:, :4]
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
+    assert told == (
+        f"initialised from {folder}: 100.0% of the parameters\n"
+        "  class table: all 3 rows, in order (the source does not name its classes)"
+    )
+    # Not so with the defaults, which is told.
+    _, told = take(tiny_transformer(seed=2), folder)
+    assert "  the source was built with mlp_norm_eps 1e-05 (here None), freq_shift 1 (here 0)" in told.splitlines()
+
+
+def test_a_pipeline_of_diffusers_names_its_classes(folder):
+    transformer = save_dit(folder / "transformer")
+    change_json(folder / "model_index.json", _class_name="DiTPipeline", id2label={"0": "wild", "1": "owl", "2": "cat"})
+    model = tiny_transformer(seed=2, **AS_IN_DIFFUSERS)
+    fresh, told = take(model, folder)
+    given = from_diffusers(transformer).state_dict()
+    expected = torch.stack([given[CLASS_TABLE][2], fresh[CLASS_TABLE][1], *given[CLASS_TABLE][[0, 3]]])
+    assert_taken(model, fresh, given | {CLASS_TABLE: expected})
+    assert "the null row and 2 classes of the same name; 1 stay fresh (dog)" in told
+    assert read_source(str(folder)).prediction_type is None
+    change_json(folder / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
+    assert read_source(str(folder)).prediction_type == "epsilon"
+    # Of two classes with one name neither is meant for certain.
+    change_json(folder / "model_index.json", id2label={"0": "cat", "1": "owl", "2": "cat"})
+    assert read_source(str(folder)).class_rows == {"cat (0)": 0, "owl": 1, "cat (2)": 2}
+
+
+def test_what_is_wrong_with_a_dit_of_diffusers_is_told(folder):
+    save_dit(folder, norm_elementwise_affine=True)
+    with pytest.raises(ValueError) as refused:
+        read_source(str(folder))
+    assert f"`init_from` ({folder}), a DiTTransformer2DModel: `norm_elementwise_affine` (True)" in str(refused.value)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="Unable to load weights"):
+        read_source(str(folder))
+    weights.unlink()
+    with pytest.raises(ValueError, match="lacks diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin"):
+        read_source(str(folder))
+
+
+def test_other_transformers_of_diffusers_are_not_converted(folder):
+    given = save_dit(folder).state_dict()
+    change_json(folder / "config.json", _class_name="Transformer2DModel", norm_type="layer_norm")
+    assert_same_tensors(read_source(str(folder)).tensors, given)
+
+
+def official(model) -> dict[str, torch.Tensor]:
+    """Weights of an adaLN-Zero model under DiT's names."""
+    renamed = {
+        "patch_embed": "x_embedder.proj",
+        "time_embed.linear_1": "t_embedder.mlp.0",
+        "time_embed.linear_2": "t_embedder.mlp.2",
+        "class_embed": "y_embedder.embedding_table",
+        "modulation_out.linear": "final_layer.adaLN_modulation.1",
+        "proj_out": "final_layer.linear",
+        "transformer_blocks": "blocks",
+        "modulation.linear": "adaLN_modulation.1",
+        "attn.to_out": "attn.proj",
+        "ff.net.0.proj": "mlp.fc1",
+        "ff.net.2": "mlp.fc2",
+    }
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in renamed.items():
+            name = re.sub(rf"(^|(?<=\.)){ours}(?=\.)", theirs, name)
+        weights[name] = tensor
+    for block in range(model.config.num_layers):
+        for kind in ("weight", "bias"):
+            parts = [weights.pop(f"blocks.{block}.attn.to_{letter}.{kind}") for letter in "qkv"]
+            weights[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+    return weights
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_an_official_checkpoint_is_converted(suffix, folder):
+    """The width has to be one whose heads are known: 384."""
+    width = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 1}
+    source = tiny_transformer(seed=1, **width)
+    folder.mkdir()
+    file = folder / f"DiT.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(official(source), file)
+    model = tiny_transformer(seed=2, **width)
+    _, told = take(model, file)
+    assert_same_tensors(model.state_dict(), source.state_dict())
+    assert f"initialised from {file}: 100.0% of the parameters" in told
+    assert read_source(str(file)).prediction_type == "epsilon"
+
+
+def test_a_file_that_is_no_official_checkpoint_is_refused(folder):
+    folder.mkdir()
+    file = folder / "weights.safetensors"
+    save_file(tiny_transformer().state_dict(), file)
+    with pytest.raises(ValueError) as refused:
+        read_source(str(file))
+    message = str(refused.value)
+    assert f"`init_from` ({file}), read as an official DiT checkpoint: `state_dict` lacks blocks.0." in message
+    save_file(official(tiny_transformer()), file)
+    with pytest.raises(ValueError, match="`num_attention_heads` is not in a checkpoint.*width 32"):
+        read_source(str(file))
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------
@@ -361,6 +515,7 @@ def test_only_the_transformer_is_downloaded():
         "transformer/diffusion_pytorch_model.safetensors",
         "transformer/diffusion_pytorch_model.safetensors.index.json",
         "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "scheduler/scheduler_config.json",
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
@@ -375,6 +530,30 @@ def test_only_the_transformer_is_downloaded():
         "checkpoints/step_00000001/model.safetensors",
     ]
     assert list(filter_repo_objects(wanted + others, allow_patterns=HUB_FILES)) == wanted
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_pickled_weights_are_downloaded_only_where_there_are_no_others(pickled, folder, tmp_path, monkeypatch):
+    """From a repository that holds both, or `.bin` only; a download is a copy here."""
+    repository = tmp_path / "repository"
+    transformer = save_dit(repository / "transformer")
+    change_json(repository / "model_index.json", _class_name="DiTPipeline")
+    weights = repository / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    if pickled:
+        weights.unlink()
+
+    def download(name, revision, allow_patterns):
+        files = [str(file.relative_to(repository)) for file in repository.rglob("*") if file.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / file, folder / file)
+        return str(folder)
+
+    monkeypatch.setattr("freqgate_dit.training.initialise.snapshot_download", download)
+    source = read_source("user/name")
+    assert_same_tensors(source.tensors, from_diffusers(transformer).state_dict())
+    assert [(folder / file).is_file() for file in PICKLED_FILES] == [False, pickled]
 
 
 # -- runs of the trainer ----------------------------------------------------------------------------------------------
@@ -423,6 +602,16 @@ def test_fine_tuning_starts_where_its_source_has_come(base, tmp_path, options, c
         assert_same_tensors(tensors, state(tmp_path / "run", 2)[group])
     assert str(source / "pipeline") in refusal(options(output_dir=tmp_path / "other", **start))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_freq_gate_run_starts_where_an_adaln_zero_run_has_come(tmp_path, options):
+    source = tmp_path / "source"
+    train(options(variant="adaln_zero", output_dir=source))
+    train(options(variant="freq_gate", gate_residual="true", init_from=source))
+    end, first = metrics(source)[-1], metrics(tmp_path / "run")[0]
+    assert first["step"] == 0 and end["step"] == 2
+    for name in ("val_raw/loss", "val_ema/loss"):
+        assert first[name] == end["val_ema/loss"]
 
 
 def test_a_run_gives_its_newest_complete_checkpoint(base, tmp_path):

@@ -223,6 +223,24 @@ def test_initialisation_survives_a_round_trip(variant, tmp_path):
 
 
 @torch.no_grad()
+def test_gate_residual_adds_the_mixture_to_the_condition():
+    block = tiny_transformer("freq_gate", gate_residual=True).transformer_blocks[0].double()
+    x, t, y = (torch.randn(*shape, 32, dtype=torch.float64) for shape in ((2, 7), (2,), (2,)))
+    w = block.state_dict()
+    g = 1 / (1 + (-ref_linear(w, "gate.1", ref_silu(t))).exp())
+    c = y + g * ref_linear(w, "low", ref_silu(y)) + (1 - g) * ref_linear(w, "high", ref_silu(y))
+    torch.testing.assert_close(block(x, t, y), ref_adaln(w, x, c + t), rtol=1e-9, atol=1e-9)
+
+
+def test_a_residual_mixture_starts_at_zero_and_nothing_else_does():
+    plain, residual = (untrained("freq_gate", gate_residual=value) for value in (False, True))
+    for ours, theirs in zip(residual.transformer_blocks, plain.transformer_blocks):
+        for name in ("low", "high"):
+            assert not ours.get_submodule(name).weight.any() and theirs.get_submodule(name).weight.any()
+        assert ours.gate[1].weight.any()
+
+
+@torch.no_grad()
 def test_swapping_low_and_high_and_negating_the_gate_changes_nothing():
     model = tiny_transformer("freq_gate").double()
     swapped = copy.deepcopy(model)

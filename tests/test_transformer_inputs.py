@@ -122,6 +122,7 @@ def test_unconditional_is_a_zero_condition(variant):
         ("in_context", {"num_classes": None, "pooled_projection_dim": 0}, ["`pooled_projection_dim` (0)"]),
         ("freq_gate", {"modulation_rank": 0}, ["`modulation_rank` (0)"]),
         ("in_context", {"modulation_rank": 4}, ["`modulation_rank` (4)", "InContextDiT", "None"]),
+        ("adaln_zero", {"gate_residual": True}, ["`gate_residual` (True)", "AdaLNZeroDiT", "False"]),
         ("adaln_zero", {"num_condition_tokens": 1}, ["`num_condition_tokens` (1)", "AdaLNZeroDiT", "2"]),
         ("cross_attention", {"num_condition_tokens": 3}, ["`num_condition_tokens` (3)"]),
         ("adaln_zero", {"attention_head_dim": 6}, ["`attention_head_dim` (6)", "multiple of 4"]),
@@ -314,6 +315,20 @@ def test_output_modulation(variant):
     for parameter in on.modulation_out.parameters():
         torch.nn.init.zeros_(parameter)
     assert torch.equal(run(on), run(off))
+
+
+def test_epsilon_of_the_norms_before_the_mlps(variant):
+    block = tiny_transformer(variant, norm_eps=1e-3, mlp_norm_eps=1e-2).transformer_blocks[0]
+    assert (block.norm1.eps, block.norm2.eps) == (1e-3, 1e-2)
+    assert tiny_transformer(variant, norm_eps=1e-3).transformer_blocks[0].norm2.eps == 1e-3
+
+
+@pytest.mark.parametrize("freq_shift", [0, 1])
+def test_frequencies_of_the_timestep(freq_shift):
+    """The shift of diffusers' UNets: it makes the last of the 128 frequencies 1/10000."""
+    sinusoid = tiny_transformer(freq_shift=freq_shift).time_proj(torch.tensor([3.0]))
+    angles = 3 * 10000.0 ** (-torch.arange(128) / (128 - freq_shift))
+    torch.testing.assert_close(sinusoid, torch.cat([angles.cos(), angles.sin()])[None], rtol=0, atol=1e-5)
 
 
 def test_dropout_is_of_training_only():

@@ -1,7 +1,8 @@
 """Configurations and inputs that the tests of the DiT variants share."""
 
 import torch
-from components import TEXT_DIM, tiny_transformer
+from components import TEXT_DIM, randomize, tiny_transformer
+from diffusers import DiTTransformer2DModel
 
 from freqgate_dit import VARIANTS
 from freqgate_dit.transformer_freqgate_dit import (
@@ -22,15 +23,38 @@ CONFIGURATIONS = {
     "text": ("in_context", TEXT),
     "one_memory_token": ("cross_attention", {"num_condition_tokens": 1}),
     "low_rank": ("freq_gate", {"modulation_rank": 4}),
+    "gate_residual": ("freq_gate", {"gate_residual": True}),
     "source_style": ("freq_gate", {**TEXT, **SOURCE_STYLE}),
     "rope_qk_norm_swiglu": ("in_context", {"use_rope": True, "qk_norm": True, "activation_fn": "swiglu"}),
     "out_channels_no_bias": ("adaln_zero", {"out_channels": 6, "attention_bias": False, "patch_size": 4}),
+    "as_in_diffusers": ("adaln_zero", {"freq_shift": 1, "mlp_norm_eps": 1e-5}),
 }
 
 
 def untrained(variant: str, **kwargs) -> ConditionedDiTTransformer2DModel:
     """The tiny model as a user's first line of code gives it: freshly initialised, through `from_config`."""
     return VARIANTS[variant].from_config(tiny_transformer(variant, **kwargs).config)
+
+
+def tiny_dit(seed: int = 0, **kwargs) -> DiTTransformer2DModel:
+    """diffusers' DiT of width 32 and 2 blocks with learned sigma, all weights random, one embedder in all blocks."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 3,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = DiTTransformer2DModel(**{**config, **kwargs})
+    transformer = randomize(transformer, seed, std=0.1).eval()
+    first, *others = (block.norm1.emb for block in transformer.transformer_blocks)
+    for emb in others:
+        emb.load_state_dict(first.state_dict())
+    return transformer
 
 
 def inputs(model, batch_size: int = 2, height: int = 8, width: int = 8, dtype=torch.float32) -> dict:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
@@ -57,16 +59,20 @@ class ModelConfig:
     activation_fn: str = knob("gelu-approximate", f"Of the MLP: {', '.join(ACTIVATIONS)}.")
     norm_elementwise_affine: bool = knob(False, "Learned scale and shift in the LayerNorms.")
     norm_eps: float = knob(1e-6, "Epsilon of the LayerNorms.")
+    mlp_norm_eps: float | None = knob(None, "Epsilon of the LayerNorms before the MLPs; norm_eps if unset.")
     output_modulation: bool | None = knob(None, "Final adaLN; by default on for adaLN-type variants only.")
     modulation_rank: int | None = knob(None, "Rank of the modulation, adaLN-type variants; full if unset.")
+    gate_residual: bool = knob(False, "freq_gate: add the gated mixture to the condition, to start as adaLN-Zero.")
     num_condition_tokens: int = knob(2, "Memory of cross-attention: 2 (time, condition) or 1 (their sum).")
     qk_norm: bool = knob(False, "RMSNorm of queries and keys.")
     use_rope: bool = knob(False, "Rotary positions besides the sin-cos table.")
+    freq_shift: int = knob(0, "Of the timestep's sinusoid: 0, or 1 as in diffusers' DiT.")
     dropout: float = knob(0.0, "Dropout in the MLP.")
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)
         check_choice("activation_fn", self.activation_fn, ACTIVATIONS)
+        check_choice("freq_shift", self.freq_shift, (0, 1))
         check_range(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", least=1)
         if self.mlp_ratio <= 0:
             raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) must be positive; 4 is usual.")
@@ -203,7 +209,9 @@ class TrainConfig:
         "'latest', a checkpoint folder of this run, or 'auto': latest, or from step 0 where nothing was saved yet.",
     )
     init_from: str | None = knob(
-        None, "Start from these weights: a pipeline, model, checkpoint or run folder, or a Hub id; what fits is taken."
+        None,
+        "Start from these weights: a pipeline, model, checkpoint or run folder, or a Hub id; also diffusers' DiT, or a "
+        "file of the official DiT. What fits is taken.",
     )
     init_revision: str | None = knob(None, "Branch, tag or commit of the repository of init_from.")
     report_to: str = knob("tensorboard", "Accelerate tracker: tensorboard, wandb, trackio, ...; or none.")
@@ -251,6 +259,33 @@ class TrainConfig:
             )
 
 
+@dataclass(frozen=True)
+class HubConfig:
+    _argument_group_name = "Hub and model card"
+
+    push_to_hub: bool = knob(
+        False,
+        "Upload the pipeline of every kept checkpoint while training goes on, and at the end the finished one. The "
+        "token is that of `hf auth login`, or HF_TOKEN; what it may write is checked before step 1.",
+    )
+    hub_model_id: str | None = knob(
+        None, "Repository, user/name; name alone is one of yours. By default the last name of output_dir."
+    )
+    hub_private: bool = knob(False, "Make a new repository private.")
+    license: str | None = knob(None, "Of the weights, for the model card; an id of the Hub such as apache-2.0.")
+    data_license: str | None = knob(None, "Of the images, for the model card, in your words.")
+
+    def __post_init__(self):
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"`hub_model_id` ({self.hub_model_id!r}) cannot be the name of a repository, which looks like "
+                    f"user/name ({error})."
+                ) from error
+
+
 SECTIONS = {
     "data": DataConfig,
     "model": ModelConfig,
@@ -259,6 +294,7 @@ SECTIONS = {
     "objective": ObjectiveConfig,
     "sampling": SamplingConfig,
     "train": TrainConfig,
+    "hub": HubConfig,
 }
 
 
@@ -282,6 +318,7 @@ class TrainingRun:
     objective: ObjectiveConfig
     sampling: SamplingConfig
     train: TrainConfig
+    hub: HubConfig
 
     def to_dict(self) -> dict:
         return {name: value for section in dataclasses.asdict(self).values() for name, value in section.items()}

@@ -7,24 +7,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import DiTTransformer2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from freqgate_dit.convert import from_diffusers, load_official, unique_names
 from freqgate_dit.training.checkpoints import average_group, complete_checkpoints, why_incomplete
 
 
 CLASS_TABLE = "class_embed.weight"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+PICKLED = "diffusion_pytorch_model.bin"
 # What is downloaded of a pipeline's or a model's repository. As * reaches into subfolders, each pattern starts with a
 # whole name: autoencoder, text encoder and half-precision copies stay where they are.
-HUB_FILES = ["model_index.json"] + [
+HUB_FILES = ["model_index.json", "scheduler/scheduler_config.json"] + [
     folder + name
     for folder in ("", "transformer/")
     for name in ("config.json", WEIGHTS, INDEX, "diffusion_pytorch_model-*-of-*.safetensors")
 ]
+# And where there are none of these weights, which is so in old repositories of diffusers' DiT.
+PICKLED_FILES = [PICKLED, f"transformer/{PICKLED}"]
 
 
 @dataclass
@@ -53,12 +58,16 @@ def read_source(init_from: str, revision: str | None = None) -> Source:
     """Weights of a pipeline folder, a model folder, a checkpoint or a run of this trainer, or a Hub repository.
 
     Of a run its newest complete checkpoint is taken, or its pipeline if there is none; of a checkpoint the first
-    weight average, which is what the pipeline publishes.
+    weight average, which is what the pipeline publishes. Pipeline and model may also be diffusers' `DiTPipeline` and
+    `DiTTransformer2DModel`; a file is a checkpoint of the official DiT. Both are converted (`freqgate_dit.convert`),
+    without predicted variance.
 
     Raises:
         ValueError: if there is nothing of the kind, or it is damaged or incomplete; says what was looked for.
     """
     folder = Path(init_from).expanduser()
+    if folder.is_file():
+        return _from_official(init_from, folder)
     if not folder.is_dir():
         folder = _download(init_from, revision)
     elif (folder / "config.yaml").is_file():
@@ -78,7 +87,10 @@ def read_source(init_from: str, revision: str | None = None) -> Source:
 
 def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        if not any((folder / part / file).is_file() for part in ("", "transformer") for file in (WEIGHTS, INDEX)):
+            snapshot_download(name, revision=revision, allow_patterns=PICKLED_FILES)
+        return folder
     except (OSError, HFValidationError) as error:  # the Hub's other errors are OSErrors
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -114,18 +126,48 @@ def _from_checkpoint(place: str, folder: Path) -> Source:
 def _from_pipeline(place: str, folder: Path) -> Source:
     index = json.loads((folder / "model_index.json").read_text())
     source = _from_model(place, folder / "transformer")
-    source.class_rows = {name: int(row) for row, name in (index.get("id2label") or {}).items()}
+    source.class_rows = {name: row for row, name in unique_names(index.get("id2label") or {}).items()}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     source.prediction_type = index.get("prediction_type")
+    if source.prediction_type is None and scheduler.is_file():
+        source.prediction_type = json.loads(scheduler.read_text()).get("prediction_type")
     return source
 
 
 def _from_model(place: str, folder: Path) -> Source:
     config = folder / "config.json"
+    if config.is_file() and _is_diffusers_dit(json.loads(config.read_text())):
+        return _from_diffusers(place, folder)
     files = [WEIGHTS]
     if (folder / INDEX).is_file():
         files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     tensors = {name: tensor for file in files for name, tensor in _load(place, folder / file).items()}
     return Source(place, tensors, json.loads(config.read_text()) if config.is_file() else {})
+
+
+def _is_diffusers_dit(config: dict) -> bool:
+    """Whether it is a `DiTTransformer2DModel`'s; diffusers once called that, and others, `Transformer2DModel`."""
+    old = config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    return old or config.get("_class_name") == DiTTransformer2DModel.__name__
+
+
+def _from_diffusers(place: str, folder: Path) -> Source:
+    safe = any((folder / file).is_file() for file in (WEIGHTS, INDEX))
+    if not safe and not (folder / PICKLED).is_file():
+        raise ValueError(f"`init_from` ({place}) lacks {WEIGHTS} or {PICKLED}, the weights of its transformer.")
+    try:
+        model = from_diffusers(DiTTransformer2DModel.from_pretrained(folder, use_safetensors=safe))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`init_from` ({place}), a {DiTTransformer2DModel.__name__}: {error}") from error
+    return Source(place, model.state_dict(), dict(model.config))
+
+
+def _from_official(place: str, file: Path) -> Source:
+    try:
+        model = load_official(file)
+    except ValueError as error:
+        raise ValueError(f"`init_from` ({place}), read as an official DiT checkpoint: {error}") from error
+    return Source(place, model.state_dict(), dict(model.config), prediction_type="epsilon")
 
 
 def _load(place: str, file: Path) -> dict[str, torch.Tensor]:
