@@ -10,5 +10,5 @@ setup(
         "freqgate_dit.pipelines": "pipelines",
         "freqgate_dit.training": "training",
     },
-    package_data={"freqgate_dit.training": ["configs/*.yaml"]},
+    package_data={"freqgate_dit": ["model_card_template.md"], "freqgate_dit.training": ["configs/*.yaml"]},
 )

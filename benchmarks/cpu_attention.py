@@ -16,7 +16,8 @@ from diffusers.training_utils import set_seed
 from output import write_result
 
 from freqgate_dit import FreqGateDiTTransformer2DModel
-from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
+from freqgate_dit.devices import bf16_is_fast
+from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.transformer_freqgate_dit import DiTAttnProcessor, DiTMatmulAttnProcessor
 
 

@@ -12,7 +12,7 @@ import torch
 from output import write_result
 
 from freqgate_dit import VARIANTS
-from freqgate_dit.training.cost import count_parameters, flops_per_forward
+from freqgate_dit.cost import count_parameters, flops_per_forward
 
 
 # Hidden 512, 8 heads, patch 2, 4 x 16 x 16 latents, text embedding of 256: the constructor's defaults and these.

@@ -14,8 +14,8 @@ import torch
 from output import write_result
 
 from freqgate_dit import VARIANTS
+from freqgate_dit.cost import count_parameters, flops_per_forward
 from freqgate_dit.training.config import parse_config
-from freqgate_dit.training.cost import count_parameters, flops_per_forward
 from freqgate_dit.training.logbook import JsonLines
 from freqgate_dit.training.train import Trainer
 

@@ -1,6 +1,9 @@
 """Class- or text-conditioned Diffusion Transformers that ask whether conditioning should follow frequency."""
 
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 
 
 # An uninstalled checkout keeps `pipelines/` and `training/` beside this folder; an installed package has them inside.
@@ -8,27 +11,41 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file():
     __path__.append(str(_root))
 
-from freqgate_dit.losses import DiffusionObjective  # noqa: E402
-from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline  # noqa: E402
-from freqgate_dit.shapes_textures import ShapesTextures  # noqa: E402
-from freqgate_dit.transformer_freqgate_dit import (  # noqa: E402
-    VARIANTS,
-    AdaLNZeroDiTTransformer2DModel,
-    CrossAttentionDiTTransformer2DModel,
-    FreqGateDiTTransformer2DModel,
-    InContextDiTTransformer2DModel,
-)
+# Imported when they are first asked for: `freqgate-dit --help` is there at once, and `freqgate-dit doctor` where torch
+# or diffusers are broken.
+_MODULES = {
+    "VARIANTS": "transformer_freqgate_dit",
+    "AdaLNZeroDiTTransformer2DModel": "transformer_freqgate_dit",
+    "CrossAttentionDiTTransformer2DModel": "transformer_freqgate_dit",
+    "DiffusionObjective": "losses",
+    "FreqGateDiTPipeline": "pipelines.pipeline_freqgate_dit",
+    "FreqGateDiTTransformer2DModel": "transformer_freqgate_dit",
+    "InContextDiTTransformer2DModel": "transformer_freqgate_dit",
+    "ShapesTextures": "shapes_textures",
+    "__version__": "pipelines.pipeline_freqgate_dit",
+}
+__all__ = list(_MODULES)
 
 
-__version__ = "0.1.0"
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
-__all__ = [
-    "VARIANTS",
-    "AdaLNZeroDiTTransformer2DModel",
-    "CrossAttentionDiTTransformer2DModel",
-    "DiffusionObjective",
-    "FreqGateDiTPipeline",
-    "FreqGateDiTTransformer2DModel",
-    "InContextDiTTransformer2DModel",
-    "ShapesTextures",
-]
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _of_transformer_file(name: str):
+    if name.startswith("__"):  # what looks through all modules asks for `__file__`, for one
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f"{__name__}.transformer_freqgate_dit"), name)
+
+
+# diffusers' `AutoModel` resolves the module that a repository names among the modules that are already imported.
+_alias = ModuleType("transformer_freqgate_dit")
+_alias.__getattr__ = _of_transformer_file
+sys.modules.setdefault("transformer_freqgate_dit", _alias)

@@ -2,24 +2,42 @@
 """`FreqGateDiTPipeline`: images from classes or prompts with any of the DiT variants, Euler and guidance.
 
 The file is self-contained (torch, diffusers, transformers and the standard library only), because it travels with
-every model repository.
+every model repository. As part of the package it asks the package (`hub`, `pipeline_folder`), which loads repositories
+without running their code; as a repository's copy it leaves loading to diffusers.
 """
 
 import difflib
+import importlib
 import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import EulerDiscreteScheduler
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo
 from transformers import PreTrainedModel
 
 
+# Of the package that this file belongs to; written into what it saves.
+__version__ = "0.1.0"
+
 SOURCE_GUIDANCE_SCALE = 2.5
+
+
+def _package(module: str):
+    """A module of the package, or `None` in a repository's copy of this file."""
+    return importlib.import_module(f"freqgate_dit.{module}") if __name__.startswith("freqgate_dit.") else None
 
 
 @contextmanager
@@ -77,6 +95,14 @@ def encode_pooled_text(tokenizer, text_encoder: PreTrainedModel, prompts: Sequen
     ).to(text_encoder.device)
     output = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
     return output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+
+
+def forget_origin(config_file: Path):
+    """Take out of a component's configuration where it was loaded from, often a local path, which libraries add."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "name_or_path")}
+    if kept != config:
+        config_file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class FreqGateDiTPipeline(DiffusionPipeline):
@@ -142,6 +168,119 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    # -- files and the Hub ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FreqGateDiTPipeline":
+        r"""
+        Load from a folder or a Hub repository; arguments are those of `DiffusionPipeline.from_pretrained` (`revision`,
+        `variant`, `dtype`, `token`, `cache_dir`, `local_files_only`, `device_map`, components, ...).
+
+        With the package installed, its own classes are used: no code of a repository is downloaded or run, and no flag
+        is needed. Without it, this file came with a repository, and diffusers loads (`trust_remote_code=True`).
+
+        Raises:
+            ValueError: if there is no pipeline of this package, or it was made by a newer version of the package.
+            OSError: if a repository cannot be had, or files are missing or damaged.
+        """
+        pipeline_folder = _package("pipeline_folder")
+        if pipeline_folder and os.path.isdir(pretrained_model_name_or_path):
+            pipeline_folder.check_folder(pretrained_model_name_or_path, kwargs.get("variant"), without=kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name, **kwargs) -> str | os.PathLike:
+        """Folder of a repository's files, which `from_pretrained` then loads.
+
+        With the package its code is not among them, unless `trust_remote_code` asks for that.
+        """
+        hub = _package("hub")
+        return (
+            hub.download(pretrained_model_name, **kwargs) if hub else super().download(pretrained_model_name, **kwargs)
+        )
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """`model_index.json` as a dictionary; with the package, classes are the package's and not the repository's."""
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        pipeline_folder = _package("pipeline_folder")
+        if pipeline_folder:
+            pipeline_folder.use_package_classes(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        **kwargs,
+    ) -> str | None:
+        r"""
+        Save weights, configurations and the code that they need, so that the folder loads, here and from the Hub, with
+        the package (`FreqGateDiTPipeline.from_pretrained(folder)`) and without it
+        (`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`).
+
+        Args:
+            save_directory: folder, made if it is not there.
+            safe_serialization, variant, max_shard_size, **kwargs: as in `DiffusionPipeline.save_pretrained`.
+            push_to_hub (`bool`, defaults to `False`): then upload the folder.
+            repo_id (`str`, *optional*): where to; by default a repository of the folder's name under your own.
+            commit_message, private, token, create_pr: of the upload.
+
+        Returns:
+            Address of what was uploaded, or `None`.
+        """
+        folder = Path(save_directory)
+        super().save_pretrained(folder, safe_serialization, variant, max_shard_size, **kwargs)
+        for config_file in folder.glob("*/*config.json"):
+            forget_origin(config_file)
+        self._ship_code(folder)
+        if not push_to_hub:
+            return None
+        options = {"commit_message": commit_message, "token": token, "create_pr": create_pr}
+        repo_id, hub = repo_id or folder.resolve().name, _package("hub")
+        if hub:
+            return hub.push_folder(folder, repo_id, private=private, **options)
+        repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+        if not (folder / "README.md").exists():
+            populate_model_card(load_or_create_model_card(repo_id, token=token, is_pipeline=True)).save(
+                folder / "README.md"
+            )
+        return str(self._upload_folder(folder, repo_id, **options))
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Save and upload: takes the arguments of `save_pretrained`, returns the address of what was uploaded."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    def _ship_code(self, folder: Path):
+        """Copy the files of custom classes into the folder, and name them in its index as diffusers looks for them.
+
+        diffusers itself writes module paths, which load nowhere but in a process that has imported them.
+        """
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index.pop("_name_or_path", None)
+        index["_freqgate_dit_version"] = __version__
+        for name, value in index.items():
+            # Ours are the package's modules, or copies of them that came with a repository.
+            if isinstance(value, list) and str(value[0]).split(".")[0] in ("freqgate_dit", "diffusers_modules"):
+                source = Path(sys.modules[value[0]].__file__)
+                shutil.copyfile(source, folder / name / source.name)
+                index[name] = [source.stem, value[1]]
+        if type(self).__module__ == __name__:
+            source = Path(__file__)
+            shutil.copyfile(source, folder / source.name)
+            index["_class_name"] = [source.stem, type(self).__name__]
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     # -- what the model is ------------------------------------------------------------------------------------------
 

@@ -135,6 +135,16 @@ def make_pipeline(transformer=None, scheduler=None, class_dropout_prob=0.1, **kw
     return pipe
 
 
+def build_pipeline(variant: str, kind: str, folder: Path) -> FreqGateDiTPipeline:
+    """Of class labels on pixels ("pixel") or latents ("kl", "tiny"), or of prompts ("text", files in `folder`)."""
+    conditional = {"num_classes": None, "pooled_projection_dim": TEXT_DIM} if kind == "text" else {}
+    transformer = tiny_transformer(variant, in_channels=3 if kind == "pixel" else 4, **conditional)
+    components = {"vae": VAES["kl" if kind == "text" else kind]()} if kind != "pixel" else {}
+    if kind == "text":
+        components |= {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer(folder / "vocabulary")}
+    return make_pipeline(transformer, **components)
+
+
 def sample(pipe, *args, **kwargs) -> torch.Tensor:
     """Latents of a call with three steps from a fixed seed, unless told otherwise."""
     if not {"seed", "generator", "latents"} & kwargs.keys():

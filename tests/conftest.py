@@ -3,6 +3,7 @@
 import pytest
 import torch
 from components import tiny_transformer
+from loopback_hub import LoopbackHub
 from tiny_runs import TINY, command_line, copy_source, reset_accelerate
 from transformer_cases import CONFIGURATIONS
 
@@ -58,3 +59,18 @@ def options(tmp_path, cache):
 def checkout(tmp_path_factory):
     """A copy of the source tree in which nothing was installed or built."""
     return copy_source(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub of this test's own, to which this process is pointed; its user `ana` is logged in with write access."""
+    with LoopbackHub() as hub:
+        hub.add_user("ana", orgs=("lab",))
+        hub.add_user("bob")
+        hub.add_token("hf_ana_write", user="ana")
+        hub.add_token("hf_ana_read", user="ana", role="read")
+        hub.add_token("hf_bob_write", user="bob")
+        hub.patched(monkeypatch, tmp_path / "hub_home", token="hf_ana_write")
+        for waits in ("READ_WAITS", "WAITS"):
+            monkeypatch.setattr(f"freqgate_dit.hub.{waits}", (0, 0, 0))
+        yield hub

@@ -1,15 +1,13 @@
 """The package as users get it: a wheel in a fresh environment, an editable install, a bare checkout."""
 
 import json
-import site
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 import tiny_runs
-from tiny_runs import ROOT, copy_source
+from tiny_runs import ROOT, copy_source, fresh_environment
 
 
 MODULES = [
@@ -50,16 +48,6 @@ def repository(tmp_path):
     return copy_source(folder)
 
 
-def fresh_environment(folder):
-    """A virtual environment that finds this one's packages by path, after its own, and none of its editable ones."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    python = folder / "bin" / "python"
-    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    here = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
-    (packages / "outer.pth").write_text("".join(f"{path}\n" for path in here))
-    return python, packages
-
-
 def pip_install(python, cwd, *what):
     options = ("install", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-compile")
     run(sys.executable, "-m", "pip", "--python", python, *options, *what, cwd=cwd)
@@ -77,7 +65,7 @@ def test_wheel_in_a_fresh_environment(tmp_path, repository):
     expected = set()
     for folder, inside in (("freqgate_dit", ""), ("pipelines", "pipelines/"), ("training", "training/")):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml"):
+            if path.suffix in (".py", ".yaml", ".md"):
                 expected.add(f"freqgate_dit/{inside}{path.relative_to(ROOT / folder).as_posix()}")
     assert {name for name in names if name.startswith("freqgate_dit/")} == expected
 
@@ -87,6 +75,7 @@ def test_wheel_in_a_fresh_environment(tmp_path, repository):
     assert {path.name for path in packages.iterdir()} - before == {"freqgate_dit", metadata}
     for name, file in imported(python, tmp_path).items():
         assert file.is_relative_to(packages.resolve() / "freqgate_dit"), name
+    assert "usage: freqgate-dit" in run(python.parent / "freqgate-dit", "--help", cwd=tmp_path)
 
 
 def test_bare_checkout(tmp_path, checkout):

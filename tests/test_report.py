@@ -11,8 +11,8 @@ import torch
 from components import tiny_transformer
 from tiny_runs import ROOT, run
 
+from freqgate_dit.cost import count_parameters, flops_per_forward
 from freqgate_dit.training.config import TrainConfig
-from freqgate_dit.training.cost import count_parameters, flops_per_forward
 from freqgate_dit.training.hardware import available_cores, use_all_cores
 from freqgate_dit.training.logbook import JsonLines
 from freqgate_dit.training.schedules import learning_rate

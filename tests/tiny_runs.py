@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,17 @@ def run(*words, cwd=None, **more):
     return subprocess.run(
         command(*words), cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=400
     )
+
+
+def fresh_environment(folder):
+    """A virtual environment that finds this one's packages by path, after its own, and none of its editable ones."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent).check_returncode()
+    python = folder / "bin" / "python"
+    place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout
+    packages = Path(place.strip())
+    here = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
+    (packages / "outer.pth").write_text("".join(f"{path}\n" for path in here))
+    return python, packages
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from freqgate_dit.training.files import replace_folder
+from freqgate_dit.files import replace_folder
 
 
 MANIFEST = "manifest.json"

@@ -22,10 +22,14 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from freqgate_dit import FreqGateDiTPipeline, ShapesTextures, plots
+from freqgate_dit.analysis import gate_table
+from freqgate_dit.devices import choose_dtype
+from freqgate_dit.evaluations import Evaluation, add_evaluation
+from freqgate_dit.model_card import write_card
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.training.config import load_yaml
 from freqgate_dit.training.factor_classifier import factor_accuracy, train_factor_classifier
-from freqgate_dit.training.hardware import bf16_is_fast, use_all_cores
+from freqgate_dit.training.hardware import use_all_cores
 
 
 NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
@@ -91,18 +95,30 @@ def denoising_strip(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale
     )
 
 
-@torch.no_grad()
-def gate_table(pipe: FreqGateDiTPipeline, num_timesteps: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps `(T,)` and gates `(T, blocks, channels)`; the gate depends on the timestep alone."""
-    transformer = pipe.transformer
-    timesteps = torch.linspace(0, pipe.scheduler.config.num_train_timesteps - 1, num_timesteps)
-    config = transformer.config
-    inputs = torch.zeros(num_timesteps, config.in_channels, config.sample_size, config.sample_size)
-    labels = torch.full((num_timesteps,), config.num_classes)
-    with transformer.inspect("gate") as recorder:
-        transformer(inputs.to(transformer.dtype), timesteps, class_labels=labels)
-    gates = torch.stack([record.value.float() for record in recorder.select("gate")], dim=1)
-    return timesteps.numpy(), gates.numpy()
+def publish(folder: Path, accuracy: dict, settings: dict, pictures: list[Path]):
+    """Put what was measured and drawn into the pipeline folder, and write its card anew."""
+    metrics = [
+        {"name": f"{factor} of {name}", "type": "accuracy", "value": value, "format": "percent"}
+        for name, values in accuracy.items()
+        for factor, value in values.items()
+    ]
+    evaluation = Evaluation(
+        title="Structure and texture as a classifier reads them",
+        dataset={"name": "shapes_textures", "hub_id": None, "split": "held-out"},
+        metrics=metrics,
+        protocol={
+            **settings,
+            "seeds": f"0 to {settings['images'] - 1}, one per image",
+            "classes": "all, equally often",
+        },
+        command="python training/demo.py --pipeline FOLDER --out demo",
+        notes="The classifier was trained on other real images (training/factor_classifier.py).",
+    )
+    add_evaluation(folder, "factor_accuracy", evaluation)
+    (folder / "figures").mkdir(exist_ok=True)
+    for picture in pictures:
+        shutil.copyfile(picture, folder / "figures" / picture.name)
+    write_card(folder)
 
 
 def main():
@@ -116,7 +132,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     use_all_cores()
 
-    dtype = torch.bfloat16 if bf16_is_fast(torch.device("cpu")) else torch.float32
+    dtype = choose_dtype("auto", torch.device("cpu"))
     pipe = FreqGateDiTPipeline.from_pretrained(folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     world = load_yaml(folder / "training_config.yaml")["world"]
@@ -140,7 +156,8 @@ def main():
     denoising_strip(pipe, strip_labels, arguments.guidance_scale).savefig(out / "denoising.png")
     written = ["samples.png", "denoising.png"]
     if "gate" in pipe.transformer.block_class.inspectable:
-        plots.gate_curves(*gate_table(pipe)).savefig(out / "gate.png")
+        table = gate_table(pipe.transformer, pipe.scheduler.config.num_train_timesteps)
+        plots.gate_curves(*table).savefig(out / "gate.png")
         written.append("gate.png")
     if (folder.parent / "loss.png").is_file():
         shutil.copyfile(folder.parent / "loss.png", out / "loss.png")
@@ -154,11 +171,13 @@ def main():
     }
     (out / "accuracy.json").write_text(json.dumps({"accuracy": accuracy, "settings": settings}, indent=2) + "\n")
     written.append("accuracy.json")
+    publish(folder, accuracy, settings, [out / "samples.png", out / "denoising.png"])
 
     print(f"\n{'':24}structure  texture")
     for name, values in accuracy.items():
         print(f"{name:24}{values['structure']:9.1%}{values['texture']:9.1%}")
     print("\nwrote " + ", ".join(str(out / name) for name in written))
+    print(f"wrote the accuracies and pictures into the model card, {folder / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -7,19 +7,7 @@ import platform
 import psutil
 import torch
 
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device has bf16 matrix units: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return False
-
-
-def available_cores() -> int:
-    """Cores that this process may run on: a batch system or a container often grants a part of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from freqgate_dit.devices import available_cores
 
 
 def use_all_cores(threads: int | None = None):

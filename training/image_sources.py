@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from freqgate_dit.training.files import replace_file
+from freqgate_dit.files import replace_file
 
 
 if TYPE_CHECKING:

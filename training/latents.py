@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from freqgate_dit.files import replace_file
 from freqgate_dit.pipelines.pipeline_freqgate_dit import encode_to_latent_moments, vae_scale_factor
 from freqgate_dit.training.config import LatentConfig
 from freqgate_dit.training.data import LabelledImages
-from freqgate_dit.training.files import replace_file
 
 
 FORMAT = 2

@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from freqgate_dit.devices import bf16_is_fast
 from freqgate_dit.training.config import TrainConfig
-from freqgate_dit.training.hardware import bf16_is_fast, keep_freed_memory, use_all_cores
+from freqgate_dit.training.hardware import keep_freed_memory, use_all_cores
 from freqgate_dit.training.logbook import check_tracker
 from freqgate_dit.training.preflight import refuse_launchers
 

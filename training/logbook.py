@@ -16,8 +16,8 @@ from accelerate.tracking import get_available_trackers
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
+from freqgate_dit.files import replace_file
 from freqgate_dit.training.config import TrainingRun
-from freqgate_dit.training.files import replace_file
 from freqgate_dit.training.guards import SpikeDetector
 from freqgate_dit.training.validation import ValidationResult
 

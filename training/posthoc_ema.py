@@ -33,9 +33,10 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from freqgate_dit import FreqGateDiTPipeline
+from freqgate_dit.files import replace_file, replace_folder
+from freqgate_dit.pipelines.pipeline_freqgate_dit import forget_origin
 from freqgate_dit.training.ema import EMAProfile, WeightAverages, sigma_rel_to_gamma
-from freqgate_dit.training.files import replace_file, replace_folder
-from freqgate_dit.training.publishing import forget_origin
+from freqgate_dit.training.publishing import describe_other_weights
 
 
 SNAPSHOTS = "ema_snapshots"
@@ -223,6 +224,8 @@ def write_average(source: Path, target: Path, average: dict[str, torch.Tensor], 
         pipeline.transformer.save_pretrained(temporary / "transformer")
         forget_origin(temporary / "transformer" / "config.json")
         (temporary / "posthoc_ema.json").write_text(json.dumps(about, indent=2) + "\n")
+        words = f"post-hoc EMA, sigma_rel {about['sigma_rel']}"
+        describe_other_weights(temporary, pipeline, words, target.name)
 
     replace_folder(target, write)
 

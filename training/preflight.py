@@ -19,7 +19,7 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 # What a run writes that grows with the model.
-LARGE_FOLDERS = ("checkpoints", "ema_snapshots", "pipeline")
+LARGE_FOLDERS = ("checkpoints", "ema_snapshots", "pipeline", "pushing")
 
 
 def refuse_launchers():
@@ -36,11 +36,17 @@ def refuse_launchers():
             )
 
 
-def run_bytes(model: torch.nn.Module, total_steps: int, config: TrainConfig, *others: torch.nn.Module | None) -> int:
+def run_bytes(
+    model: torch.nn.Module,
+    total_steps: int,
+    config: TrainConfig,
+    *others: torch.nn.Module | None,
+    pushed: bool = False,
+) -> int:
     """Most bytes that a run has on disk at one time: checkpoints, snapshots of the averages, pipeline.
 
-    `others` are the parts of the pipeline besides `model`: autoencoder, text encoder. A tenth on top is for metrics
-    and pictures.
+    `others` are the parts of the pipeline besides `model`: autoencoder, text encoder. With `pushed`, pipelines of the
+    kept checkpoints wait to be uploaded. A tenth on top is for metrics and pictures.
     """
     weights = weight_bytes(model)
     # A checkpoint has weights, two moments of AdamW, and the averages.
@@ -50,7 +56,8 @@ def run_bytes(model: torch.nn.Module, total_steps: int, config: TrainConfig, *ot
     checkpoints = min(kept, math.ceil(total_steps / config.save_every)) + 1
     snapshots = min(config.ema_snapshots, total_steps) * sum(EMAProfile.parse(name).is_power for name in config.ema)
     pipeline = weights + sum(weight_bytes(other) for other in others if other is not None)
-    return int(1.1 * (checkpoints * checkpoint + snapshots * weights + pipeline))
+    pipelines = 1 + checkpoints * pushed
+    return int(1.1 * (checkpoints * checkpoint + snapshots * weights + pipelines * pipeline))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+from freqgate_dit.files import replace_file
+from freqgate_dit.hub import prepare_repository
 from freqgate_dit.losses import drop_labels
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training.batches import DROPOUT, Batches, derived_seed
@@ -35,13 +37,13 @@ from freqgate_dit.training.checkpoints import (
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    step_of,
 )
 from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import TrainingRun, parse_config
 from freqgate_dit.training.cost import describe_cost
 from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_images
 from freqgate_dit.training.ema import WeightAverages
-from freqgate_dit.training.files import replace_file
 from freqgate_dit.training.guards import UpdateGuard
 from freqgate_dit.training.hardware import memory_bytes, wait_for
 from freqgate_dit.training.initialise import initialise, read_source
@@ -59,7 +61,8 @@ from freqgate_dit.training.logbook import Logbook
 from freqgate_dit.training.posthoc_ema import save_snapshot
 from freqgate_dit.training.preflight import check_disk, gib, run_bytes
 from freqgate_dit.training.previews import preview_grid
-from freqgate_dit.training.publishing import write_pipeline
+from freqgate_dit.training.publishing import training_summary, write_pipeline
+from freqgate_dit.training.pushes import Pushes
 from freqgate_dit.training.resume import refuse_other_run
 from freqgate_dit.training.schedules import is_spread, learning_rate, make_objective, make_schedulers
 from freqgate_dit.training.stopping import StopRequest
@@ -92,6 +95,7 @@ class Trainer:
                 f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
                 "`--resume latest`."
             )
+        self.repo_id = self._prepare_repository()
         images, heldout_images = self._load_images()
         self.condition = load_condition(config.condition, images.class_names, self.device)
         self.can_guide = not self.condition.is_none and config.objective.class_dropout_prob > 0
@@ -105,6 +109,7 @@ class Trainer:
             return
 
         check_disk(self.output_dir, self._run_bytes())
+        self.data_sets = images, heldout_images
         self.step = 0
         self.fingerprints = self._fingerprints(images, heldout_images)
         self.averages = WeightAverages(self.model, train.ema)
@@ -127,6 +132,15 @@ class Trainer:
 
     def print(self, *lines: str, **kwargs):
         self.accelerator.print(*lines, **kwargs)
+
+    def _prepare_repository(self) -> str | None:
+        """In the main process: the repository to push to, which is there and can be written to; or `None`."""
+        hub, train = self.config.hub, self.config.train
+        if not hub.push_to_hub or train.dry_run or not self.is_main:
+            return None
+        repo_id = prepare_repository(hub.hub_model_id or self.output_dir.resolve().name, hub.hub_private or None)
+        self.print(f"pushing to {repo_id} on the Hub, every {train.save_every} steps and at the end")
+        return repo_id
 
     def _load_images(self) -> tuple[LabelledImages, LabelledImages]:
         # A dry run leaves nothing behind, not even an index of the images.
@@ -201,7 +215,9 @@ class Trainer:
         )
 
     def _run_bytes(self) -> int:
-        return run_bytes(self.model, self.total_steps, self.config.train, self.vae, self.condition.text_encoder)
+        others = self.vae, self.condition.text_encoder
+        pushed = self.config.hub.push_to_hub
+        return run_bytes(self.model, self.total_steps, self.config.train, *others, pushed=pushed)
 
     def _find_checkpoint(self) -> Path | None:
         resume = self.config.train.resume
@@ -260,6 +276,9 @@ class Trainer:
             replace_file(self.output_dir / "config.yaml", self.config.save)
         self.accelerator.wait_for_everyone()
         self.logbook = Logbook(self.accelerator, self.config, self.step, self.total_steps, self.objective.names)
+        self.pushes = None
+        if self.repo_id:
+            self.pushes = Pushes(self.repo_id, self.output_dir / "pushing", self.total_steps, self.logbook.tell)
 
     def _prepare(self):
         """The model as it is trained: attention for this device, checkpointing, compilation, processes."""
@@ -317,13 +336,16 @@ class Trainer:
                     wait_for(self.device)  # what it has queued is training, and no part of the pause
                     with watch.pause():
                         # Saved first: what comes after may fail, or take longer than a launcher waits after SIGTERM.
-                        save_due = save_due and not self.save(stopping)
+                        saved = save_due and self.save(stopping)
+                        save_due = save_due and not saved
                         if snapshot_due:
                             self.snapshot()
                         if validate_due and not stopping:
                             self.validate()
                         if preview_due and not stopping:
                             self.preview()
+                        if saved and not stopping and self.step < self.total_steps:
+                            self.push()
 
     def update(self, global_batch) -> torch.Tensor:
         """One optimiser step; the mean loss terms, gradient norm and whether it was skipped, on the device."""
@@ -479,21 +501,23 @@ class Trainer:
 
     def finish(self):
         """At the end of the run the pipeline folder; curves; and a word on how to go on."""
-        if self.is_main and self.step == self.total_steps and not self.unsaved:
-            self.publish()
+        finished = self.step == self.total_steps
         self.logbook.draw(self.step)
+        if self.is_main and finished and not self.unsaved:
+            self.publish()
         self.close()
+        if self.pushes:  # last, as the other processes must not wait for the network
+            self.finish_pushes(finished)
         again = resume_command(self.accelerator, self.output_dir)
         if self.unsaved:
             raise CheckpointError(f"{self.unsaved}. Go on from the newest checkpoint with:\n  {again}")
-        if self.step < self.total_steps:
+        if not finished:
             self.print(f"\nstopped and saved at step {self.step} of {self.total_steps}; go on with:\n  {again}")
 
     def publish(self):
         folder = self.output_dir / "pipeline"
         try:
-            with self.published_pipeline() as pipeline:
-                write_pipeline(pipeline, folder, self.config)
+            self.write_pipeline(folder)
         except (OSError, SafetensorError) as error:
             self.unsaved = f"the pipeline could not be written ({error})"
             return
@@ -505,6 +529,38 @@ class Trainer:
             f"\n\n  from freqgate_dit import FreqGateDiTPipeline\n"
             f'  pipe = FreqGateDiTPipeline.from_pretrained("{folder}")'
         )
+
+    def write_pipeline(self, folder: Path):
+        """The pipeline of this step, with its numbers, pictures and card."""
+        progress = {"step": self.step, "total_steps": self.total_steps, "global_batch_size": self.global_batch_size}
+        validations = self.logbook.validations.records()
+        summary = training_summary(self.config, self.accelerator, *self.data_sets, progress, validations)
+        previews = sorted((self.output_dir / "previews").glob("step_*.png"))
+        pictures = {name: self.output_dir / name for name in ("loss.png", "validation.png")}
+        pictures |= {"preview.png": previews[-1]} if previews else {}
+        with self.published_pipeline() as pipeline:
+            spare = self.logbook.spare("the model card", self.step)
+            write_pipeline(pipeline, folder, self.config, summary, pictures, self.repo_id, spare)
+
+    def push(self):
+        """Hand the pipeline of this step, whose checkpoint is kept, to the upload that runs beside the training."""
+        if self.pushes is None or self.unsaved:
+            return
+        kept = [step_of(folder) for folder in checkpoint_folders(self.output_dir / "checkpoints")]
+        with self.logbook.spare("the pipeline to push", self.step):
+            self.logbook.draw(self.step)
+            self.write_pipeline(self.pushes.place(self.step))
+            self.pushes.add(self.step, kept)
+
+    def finish_pushes(self, finished: bool):
+        """The finished pipeline to the Hub; of a run that was stopped, word of what is not there yet."""
+        if not finished or self.unsaved:
+            self.pushes.abandon()
+            return
+        self.pushes.wait()
+        address = self.pushes.push(self.output_dir / "pipeline", self.step, self.pushes.place(self.step).name)
+        if address:
+            self.print(f"pushed      {address}")
 
     def close(self):
         # No process leaves the group while another needs it, and no model holds it longer than Python does: freed from

@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, whenever the process dies."""
 
+import json
 import os
 import shutil
 import uuid
@@ -16,6 +17,26 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all, the same bytes on every system."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def read_json(path: Path) -> dict:
+    """Content of a JSON file that holds a dictionary.
+
+    Raises:
+        ValueError: if it is damaged or holds something else; names the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no valid JSON ({error}): copy it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} must hold a dictionary, but holds a {type(values).__name__}.")
+    return values
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

@@ -1,0 +1,350 @@
+"""Pipelines from and to the Hugging Face Hub: what is downloaded, what is checked, and errors that say what to do.
+
+`FreqGateDiTPipeline.from_pretrained` comes here for repositories and folders, so that their classes are the package's
+and no code of a repository is downloaded or run. `prepare_repository` and `push_folder` are the other direction.
+"""
+
+import glob
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from freqgate_dit.files import read_json
+from freqgate_dit.model_card import render_card, write_card
+from freqgate_dit.pipeline_folder import (
+    INDEX,
+    check_folder,
+    component_classes,
+    files_to_load,
+    refuse_damaged,
+    refuse_other_pipeline,
+    refuse_without_index,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# The base of connection errors belongs to the HTTP library, which is another one in other versions of the client.
+HTTP_ERROR = HfHubHTTPError.__bases__[0]
+CLIENT_ERRORS = (OSError, HFValidationError, HTTP_ERROR)
+
+# Seconds between tries: of reading, where somebody waits, and of writing; and the longest that the Hub may ask for.
+READ_WAITS = (1, 4)
+WAITS = (1, 4, 15, 60)
+LONGEST_WAIT = 300
+# What is left behind by processes that died, and by Python.
+NOT_UPLOADED = ["*.tmp", "__pycache__/*", "*/__pycache__/*"]
+
+
+class HubError(OSError):
+    """The Hub, or the way there, refused something; the message is one sentence on what to do."""
+
+
+# -- what went wrong, in one sentence -------------------------------------------------------------------------------
+
+
+def explain(
+    error: Exception, repo_id: str, revision: str | None = None, writing: bool = False
+) -> HubError | ValueError:
+    """What to raise instead of an error of the Hub's client: one sentence that says what to do.
+
+    Returns:
+        `ValueError` if `repo_id` cannot be one, otherwise `HubError`.
+    """
+    if isinstance(error, HubError):
+        return error
+    if isinstance(error, HFValidationError):
+        no_folder = "" if writing else "is no folder, and "
+        return ValueError(
+            f"{repo_id!r} {no_folder}cannot be the name of a repository on the Hub, which looks like 'user/name': "
+            "check the spelling."
+        )
+    return HubError(_sentence(error, repo_id, revision, writing))
+
+
+def _sentence(error: Exception, repo_id: str, revision: str | None, writing: bool) -> str:
+    status = status_of(error)
+    login = "`hf auth login`, or set HF_TOKEN"
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    if isinstance(error, LocalTokenNotFoundError) or (status == 401 and writing and not get_token()):
+        return f"writing to {repo_id} on the Hub needs a token with write access, from {tokens}: {login}."
+    if status in (403, 404) and writing:
+        return f"the token that was sent may not write to {repo_id}: use one with write access to it, from {tokens}."
+    if status == 401 and (writing or get_token()):
+        return f"the Hub does not accept the token that was sent: make a new one at {tokens}, and {login}."
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository {repo_id} has no `revision` {revision!r}: name one of its branches, tags or commits."
+    if isinstance(error, GatedRepoError):
+        return f"the repository {repo_id} is gated: ask for access at {constants.ENDPOINT}/{repo_id}, then {login}."
+    if isinstance(error, RepositoryNotFoundError):
+        seen = "that this token may see" if get_token() else f"that is open to everybody (for a private one, {login})"
+        return f"{repo_id!r} is neither a folder here nor a repository on the Hub {seen}: check the spelling."
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{repo_id} is not in the cache, and downloads are switched off or fail: go online, or name a folder."
+    if status is not None:
+        return f"the Hub answered {status} for {repo_id}: try again later."
+    return f"the Hub ({constants.ENDPOINT}) cannot be reached for {repo_id} ({type(error).__name__}): try again later."
+
+
+def status_of(error: Exception) -> int | None:
+    """HTTP status of an answer of the Hub, or `None` if the error is not an answer."""
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+# -- from the Hub ---------------------------------------------------------------------------------------------------
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool | None = False,
+    force_download: bool = False,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    **others,
+) -> str:
+    """Download what a pipeline is loaded from, without its code; the folder in the cache.
+
+    Where the Hub cannot be reached the cache's copy is taken, with a warning. With `local_files_only`, or
+    `HF_HUB_OFFLINE` set, the network is not touched.
+
+    Args:
+        repo_id, revision, variant, token, cache_dir, local_files_only, force_download, trust_remote_code: as in
+            `DiffusionPipeline.from_pretrained`.
+        weights: whether to download more than what describes the pipeline.
+        others: components that are given to `from_pretrained` are not downloaded; what else it takes is ignored.
+
+    Raises:
+        ValueError: if `repo_id` cannot be the name of a repository, or holds no pipeline of this package.
+        HubError: if it does not exist, is not open to this token, or can be neither reached nor found in the cache.
+    """
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    offline = bool(local_files_only or constants.HF_HUB_OFFLINE)
+
+    def wanted() -> list[str]:
+        files = list_files(repo_id, revision, token)
+        refuse_without_index(files, repo_id)
+        index = read_json(Path(hf_hub_download(repo_id, INDEX, force_download=force_download, **where)))
+        refuse_other_pipeline(index, repo_id)
+        components = [name for name in component_classes(index) if name not in others]
+        return files_to_load(files, components, variant, trust_remote_code) if weights else descriptions(files)
+
+    def folder_in_cache(names: list[str], local: bool) -> str:
+        patterns = [glob.escape(name) for name in names]
+        options = {"local_files_only": local, "force_download": force_download and not local, **where}
+        return snapshot_download(repo_id, allow_patterns=patterns, **options)
+
+    def attempt() -> str:
+        try:
+            return folder_in_cache([INDEX] if offline else wanted(), offline)
+        except CLIENT_ERRORS as error:
+            if offline or isinstance(error, HFValidationError):
+                raise
+            try:
+                folder = folder_in_cache([INDEX], True)
+                check_folder(folder, variant, without=others)
+            except CLIENT_ERRORS:  # nothing, or not all that is needed
+                raise error from None
+            logger.warning(f"{explain(error, repo_id, revision)} Using the copy in the cache.")
+            return folder
+
+    folder = with_retries(attempt, lambda error: explain(error, repo_id, revision), READ_WAITS)
+    if weights:
+        check_folder(folder, variant, without=others)
+    return folder
+
+
+def descriptions(files: Iterable[str]) -> list[str]:
+    """Of a repository's files those that say what it is: configurations and results, no weights."""
+    return [
+        name
+        for name in files
+        if name.endswith((".json", ".yaml", ".md"))
+        and ("/" not in name or name.endswith("config.json"))
+        or name.startswith("evaluation/")
+    ]
+
+
+def list_files(
+    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, int]:
+    """Path -> bytes of the files of a folder or a repository.
+
+    Raises:
+        OSError: of the Hub's client, for a repository.
+    """
+    if os.path.isdir(source):
+        paths = sorted(path for path in Path(source).rglob("*") if path.is_file())
+        return {path.relative_to(source).as_posix(): path.stat().st_size for path in paths}
+    info = HfApi().model_info(str(source), revision=revision, token=token, files_metadata=True)
+    return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
+
+
+def fetch_pipeline(source: str | os.PathLike, **options) -> Path:
+    """Folder of a pipeline, `source` itself or the cache's copy of a repository; options are those of `download`.
+
+    Raises:
+        ValueError, HubError: as `download`, and for a folder that holds no pipeline of this package.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return Path(download(str(source), **options))
+    check_folder(folder, options.get("variant"))
+    return folder
+
+
+# -- to the Hub -----------------------------------------------------------------------------------------------------
+
+
+def prepare_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make sure that `repo_id` is there and can be written to, before anything is computed for it.
+
+    Args:
+        repo_id: "user/name"; "name" alone is a repository of the token's owner.
+        private: of a repository that is made now.
+        token: by default that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The whole id, "user/name".
+
+    Raises:
+        ValueError: if `repo_id` cannot be the name of a repository.
+        HubError: without a token, with one that may not write there, or if the Hub cannot be reached.
+    """
+    api = HfApi(token=token)
+
+    def prepare() -> str:
+        user = api.whoami()["name"]
+        whole = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        validate_repo_id(whole)
+        whole = api.create_repo(whole, private=private, exist_ok=True).repo_id
+        api.auth_check(whole, write=True)
+        return whole
+
+    return with_retries(prepare, lambda error: explain(error, repo_id, writing=True), WAITS)
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    tell: Callable[[str], object] = logger.warning,
+) -> str:
+    """Upload a pipeline folder as one commit, with retries. The repository is made if it is not there.
+
+    A folder without a card gets one, unless the repository has its own; a generated card that was not edited is
+    written anew, so that it names the repository.
+
+    Args:
+        folder: what `save_pretrained` or the trainer wrote.
+        repo_id: "user/name", or "name" for a repository of your own.
+        private: of a repository that is made now.
+        commit_message, create_pr: of the commit.
+        token: by default that of `hf auth login` or HF_TOKEN.
+        tag: name that the commit gets in the repository, for `revision`; an older tag of the name is moved.
+        tell: is called with a sentence before each retry.
+
+    Returns:
+        Address of the repository, or of the pull request.
+
+    Raises:
+        ValueError: if the folder holds no pipeline, or `repo_id` cannot be the name of a repository.
+        HubError: if the Hub refuses, or still cannot be reached after the last retry.
+    """
+    folder = Path(folder)
+    refuse_without_index([path.name for path in folder.iterdir()], folder)
+    refuse_other_pipeline(read_json(folder / INDEX), folder)
+    for file in folder.glob("*/*.safetensors"):
+        refuse_damaged(file)
+    api = HfApi(token=token)
+
+    def upload() -> str:
+        whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        _name_repository_in_card(folder, whole, api)
+        try:
+            commit = api.upload_folder(
+                repo_id=whole,
+                folder_path=folder,
+                commit_message=commit_message or "Upload FreqGateDiTPipeline",
+                create_pr=create_pr,
+                ignore_patterns=NOT_UPLOADED,
+            )
+        except RuntimeError as error:  # in which the client wraps what went wrong with one file
+            raise error.__cause__ or error
+        if tag:
+            if tag in [reference.name for reference in api.list_repo_refs(whole).tags]:
+                api.delete_tag(whole, tag=tag)
+            api.create_tag(whole, tag=tag, revision=commit.oid)
+        return commit.pr_url or str(commit.repo_url)
+
+    return with_retries(upload, lambda error: explain(error, repo_id, writing=True), WAITS, tell)
+
+
+def _name_repository_in_card(folder: Path, repo_id: str, api: HfApi):
+    card = folder / "README.md"
+    if card.exists():
+        if card.read_text(encoding="utf-8") == str(render_card(folder)):
+            write_card(folder, repo_id)
+    elif not api.file_exists(repo_id, "README.md"):
+        write_card(folder, repo_id)
+
+
+def with_retries(
+    call: Callable,
+    explained: Callable[[Exception], Exception],
+    waits: Iterable[float],
+    tell: Callable[[str], object] = logger.warning,
+):
+    """What `call` returns. What may pass (a lost connection, a busy Hub) is tried again after each of `waits` seconds.
+
+    Raises:
+        ValueError, HubError: by `explained`, in place of the client's errors.
+    """
+    for wait in (*waits, None):
+        try:
+            return call()
+        except CLIENT_ERRORS as error:
+            if wait is None or not may_pass(error):
+                raise explained(error) from error
+            wait = max(wait, _retry_after(error))
+            tell(f"{explained(error)} (Next try in {wait:g} s.)")
+            time.sleep(wait)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may work a little later: no connection, too many requests, or an error of the server."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    status = status_of(error)
+    if status is None:
+        return isinstance(error, (HTTP_ERROR, ConnectionError, TimeoutError))
+    return status in (408, 429) or status >= 500
+
+
+def _retry_after(error: Exception) -> float:
+    header = error.response.headers.get("retry-after", "") if isinstance(error, HfHubHTTPError) else ""
+    return min(float(header), LONGEST_WAIT) if header.isdigit() else 0.0

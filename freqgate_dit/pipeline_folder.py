@@ -1,0 +1,183 @@
+"""What a pipeline folder or repository must be for this package to load it, said in one sentence where it is not."""
+
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Container, Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from freqgate_dit.files import read_json
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, __version__
+
+
+INDEX = "model_index.json"
+# File of a repository, without .py -> where its classes are in this package.
+PACKAGE_MODULES = {"transformer_freqgate_dit": "freqgate_dit.transformer_freqgate_dit"}
+# What a folder of weights is loaded with, besides the weights. Code is not among it.
+SMALL_FILES = (".json", ".txt", ".model")
+WEIGHTS = (".safetensors", ".bin")
+
+
+class DamagedPipelineError(OSError):
+    """Files of a pipeline are missing or cut short."""
+
+
+def files_to_load(
+    files: Iterable[str], components: Iterable[str], variant: str | None = None, code: bool = False
+) -> list[str]:
+    """Of a repository's files those that a pipeline is loaded from.
+
+    Args:
+        files: paths in the repository.
+        components: folders that are loaded.
+        variant: of the weights, such as "fp16"; a folder that has none of it is loaded in full precision.
+        code: also the Python files.
+    """
+    kept = [INDEX]
+    for folder in components:
+        names = [name for name in files if name.startswith(f"{folder}/")]
+        weights = [name for name in names if name.endswith(WEIGHTS)]
+        weights = [name for name in weights if name.endswith(".safetensors")] or weights
+        of_variant = [name for name in weights if variant and _variant(name) == variant]
+        kept += of_variant or [name for name in weights if _variant(name) is None]
+        kept += [name for name in names if name.endswith(SMALL_FILES)]
+    if code:
+        kept += [name for name in files if name.endswith(".py")]
+    return kept
+
+
+def _variant(name: str) -> str | None:
+    """The fp16 of `diffusion_pytorch_model.fp16.safetensors`, also in pieces; `None` for weights without variant."""
+    match = re.fullmatch(r"[^.]+\.([^.]+?)(-\d{5}-of-\d{5})?\.\w+", name.split("/")[-1])
+    return match[1] if match else None
+
+
+def component_classes(index: dict) -> dict[str, list[str]]:
+    """Component -> [library, class] of an index, without components that are not there."""
+    return {
+        name: value
+        for name, value in index.items()
+        if isinstance(value, list) and [type(part) for part in value] == [str, str] and not name.startswith("_")
+    }
+
+
+def use_package_classes(index: dict):
+    """Put this package's classes in place of a repository's own."""
+    if isinstance(index["_class_name"], list):
+        index["_class_name"] = index["_class_name"][1]
+    for name, (library, class_name) in component_classes(index).items():
+        index[name] = [PACKAGE_MODULES.get(library, library), class_name]
+
+
+def check_folder(folder: str | os.PathLike, variant: str | None = None, without: Container[str] = ()):
+    """Raise unless `folder` is a pipeline folder that this version of the package can load.
+
+    Args:
+        variant: of the weights.
+        without: components that are not loaded from the folder.
+
+    Raises:
+        ValueError: if it is something else, or was made by a newer version.
+        DamagedPipelineError: if files are missing or damaged.
+    """
+    folder = Path(folder)
+    refuse_without_index([path.name for path in folder.iterdir()], folder)
+    index = read_json(folder / INDEX)
+    refuse_other_pipeline(index, folder)
+    for name, (library, class_name) in component_classes(index).items():
+        if name not in without:
+            _refuse_incomplete(folder, name, variant)
+        config_file = folder / name / "config.json"
+        if library in PACKAGE_MODULES and config_file.is_file():
+            _refuse_unknown_options(index, folder, _package_class(library, class_name), read_json(config_file))
+
+
+def _refuse_incomplete(folder: Path, component: str, variant: str | None):
+    names = [f"{component}/{path.name}" for path in (folder / component).glob("*")]
+    if not any(name.endswith("config.json") for name in names):
+        raise DamagedPipelineError(
+            f"the pipeline {str(folder)!r} lacks the configuration of its {component}: copy it anew."
+        )
+    if f"{component}/config.json" not in names:
+        return  # a scheduler or a tokenizer
+    weights = [name for name in files_to_load(names, [component], variant) if name.endswith(WEIGHTS)]
+    if not weights:
+        variants = sorted({_variant(name) for name in names if name.endswith(WEIGHTS)} - {None})
+        there = f"only of `variant` {' and '.join(map(repr, variants))}" if variants else "none at all"
+        raise DamagedPipelineError(
+            f"the pipeline {str(folder)!r} has no weights of its {component} (`variant` {variant!r}; {there}): name "
+            "a variant that is there, or copy it anew."
+        )
+    for name in weights:
+        if name.endswith(".safetensors"):
+            refuse_damaged(folder / name)
+
+
+def refuse_damaged(file: Path):
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError as error:
+        raise DamagedPipelineError(
+            f"the weights {file.parent.name}/{file.name} are damaged or cut short ({error}): download them again with "
+            "`force_download=True`, or copy them anew."
+        ) from error
+
+
+def refuse_without_index(names: Iterable[str], place: str | os.PathLike):
+    """Raise unless `names`, the files of a folder or repository, have the index of a pipeline among them."""
+    names = set(names)
+    if INDEX in names:
+        return
+    start = f"{str(place)!r} is not a pipeline, for it has no {INDEX}"
+    if {"state.json", "manifest.json"} <= names:
+        raise ValueError(
+            f"{start}: it is a checkpoint, which training resumes from; the run's pipeline is in its folder "
+            "`pipeline`, and `--init_from` starts a new run from a checkpoint."
+        )
+    if {"config.yaml", "pipeline"} <= names:
+        raise ValueError(f"{start}: it is a run, whose pipeline is {str(Path(place) / 'pipeline')!r}.")
+    if "config.json" in names:
+        raise ValueError(
+            f"{start}: it is a model alone; load that by `from_pretrained` of its class or of `AutoModel`."
+        )
+    raise ValueError(f"{start}: name the folder or repository that `save_pretrained` or the trainer wrote.")
+
+
+def refuse_other_pipeline(index: dict, place: str | os.PathLike):
+    """Raise if an index belongs to another pipeline class, or needs what this version of the package does not have."""
+    class_name = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
+    if class_name == "DiTPipeline":
+        raise ValueError(
+            f"{str(place)!r} holds diffusers' DiTPipeline: make it one of this package with `freqgate-dit convert`."
+        )
+    if class_name != FreqGateDiTPipeline.__name__:
+        raise ValueError(
+            f"{str(place)!r} holds a {class_name}, not a {FreqGateDiTPipeline.__name__}: load it with "
+            "`DiffusionPipeline.from_pretrained`."
+        )
+    for library, class_name in component_classes(index).values():
+        if library in PACKAGE_MODULES and _package_class(library, class_name) is None:
+            _refuse_newer(index, place, f"the class {class_name}")
+    _refuse_unknown_options(index, place, FreqGateDiTPipeline, index)
+
+
+def _package_class(library: str, class_name: str) -> type | None:
+    return getattr(importlib.import_module(PACKAGE_MODULES[library]), class_name, None)
+
+
+def _refuse_unknown_options(index: dict, place: str | os.PathLike, cls: type, config: dict):
+    known = inspect.signature(cls.__init__).parameters
+    for name in config:
+        if not name.startswith("_") and name not in known:
+            _refuse_newer(index, place, f"the option `{name}` of {cls.__name__}")
+
+
+def _refuse_newer(index: dict, place: str | os.PathLike, missing: str):
+    raise ValueError(
+        f"{str(place)!r} needs {missing}, which freqgate_dit {__version__} does not have; it was made by version "
+        f"{index.get('_freqgate_dit_version', '(unknown)')}: `pip install --upgrade freqgate-dit`."
+    )

@@ -1,0 +1,444 @@
+"""Pipelines to a Hub and back, by the real client and a Hub on this machine."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from components import (
+    LABELS,
+    assert_same_tensors,
+    build_pipeline,
+    make_pipeline,
+    sample,
+    tiny_transformer,
+    tiny_vae_kl,
+)
+from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline
+from tiny_runs import ROOT, fresh_environment, run
+
+from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+from freqgate_dit.hub import HubError, list_files, prepare_repository, push_folder
+
+
+CODE = {
+    "pipeline_freqgate_dit.py": ROOT / "pipelines" / "pipeline_freqgate_dit.py",
+    "transformer/transformer_freqgate_dit.py": ROOT / "freqgate_dit" / "transformer_freqgate_dit.py",
+}
+# A process that cannot see the package: loads, samples, saves again.
+BARE = """
+import importlib.util, sys
+import numpy as np
+from diffusers import DiffusionPipeline
+assert importlib.util.find_spec("freqgate_dit") is None
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+else:
+    raise AssertionError("code of a repository ran without leave")
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+np.save("images.npy", pipe(["cat"], num_inference_steps=2, seed=0, output_type="np").images)
+pipe.save_pretrained("again")
+if len(sys.argv) > 2:
+    print(pipe.push_to_hub(sys.argv[2]))
+"""
+
+
+def downloads(hub):
+    """Paths that were asked for, with or without success."""
+    return [
+        request.path.split("/resolve/")[1].split("/", 1)[1] for request in hub.requests if "/resolve/" in request.path
+    ]
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+    }
+
+
+def load(repo_id="ana/dit", **kwargs):
+    pipe = FreqGateDiTPipeline.from_pretrained(repo_id, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# -- there and back ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [*((variant, "kl") for variant in VARIANTS), ("freq_gate", "text"), ("adaln_zero", "pixel")]
+)
+def test_pushed_and_loaded_with_the_package(variant, kind, hub, tmp_path):
+    pipe = build_pipeline(variant, kind, tmp_path)
+    pipe.save_pretrained(tmp_path / "once")  # before a call: tokenizers keep the padding of their last one
+    call = {"prompt" if kind == "text" else "class_labels": ["dog", "cat"], "output_type": "np", "seed": 0}
+    assert pipe.push_to_hub("ana/dit") == f"{hub.url}/ana/dit"
+    loaded = load()
+    loaded.save_pretrained(tmp_path / "again")
+    assert type(loaded.transformer) is VARIANTS[variant]
+    assert np.array_equal(loaded(num_inference_steps=2, **call).images, pipe(num_inference_steps=2, **call).images)
+    assert loaded.id2label == ({} if kind == "text" else LABELS)
+    # No code of the repository was downloaded, let alone run.
+    assert not [path for path in downloads(hub) if path.endswith(".py")]
+    assert not [name for name in sys.modules if name.startswith("diffusers_modules")]
+    # What was loaded saves as the same repository.
+    files = hub.repos["ana/dit"].files()
+    assert contents(tmp_path / "again") == contents(tmp_path / "once")
+    assert contents(tmp_path / "once") == {
+        name: files[name] for name in files.keys() - {"README.md", ".gitattributes"}
+    }
+
+
+def test_a_repository_holds_its_code_and_no_origin(hub, tmp_path):
+    FreqGateDiTPipeline.from_pretrained(saved(tmp_path)).push_to_hub("ana/dit")
+    files = hub.repos["ana/dit"].files()
+    index = json.loads(files["model_index.json"])
+    assert index["_class_name"] == ["pipeline_freqgate_dit", "FreqGateDiTPipeline"]
+    assert index["transformer"] == ["transformer_freqgate_dit", "AdaLNZeroDiTTransformer2DModel"]
+    for name, source in CODE.items():
+        assert files[name] == source.read_bytes()
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content and b"hf_ana" not in content, name
+
+
+@pytest.mark.parametrize("place", ["folder", "Hub"])
+def test_a_process_without_the_package(place, hub, tmp_path):
+    pipe = make_pipeline(tiny_transformer("freq_gate"), vae=tiny_vae_kl())
+    pipe.save_pretrained(tmp_path / "pipeline")
+    source = tmp_path / "pipeline"
+    if place == "Hub":
+        pipe.push_to_hub("ana/dit", private=True)
+        source = "ana/dit"
+    python, _ = fresh_environment(tmp_path / "environment")
+    target = ["ana/other"] if place == "Hub" else []
+    variables = hub.environment(tmp_path / "home", token="hf_ana_write")
+    done = run(python, "-c", BARE, source, *target, cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    expected = pipe(["cat"], num_inference_steps=2, seed=0, output_type="np").images
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, rtol=0, atol=1e-5)
+    assert contents(tmp_path / "again") == contents(tmp_path / "pipeline")
+    if place == "Hub":
+        first, second = (hub.repos[name].files() for name in ("ana/dit", "ana/other"))
+        assert {**first, "README.md": b""} == {**second, "README.md": b""}
+
+
+def test_repository_code_runs_only_where_it_is_asked_for(hub, tmp_path):
+    """With the package, diffusers' own class runs the repository's copy, ours never does."""
+    make_pipeline().push_to_hub("ana/dit")
+    pipe = DiffusionPipeline.from_pretrained("ana/dit", trust_remote_code=True)
+    assert type(pipe).__module__.startswith("diffusers_modules")
+    pipe.save_pretrained(tmp_path / "again")
+    make_pipeline().save_pretrained(tmp_path / "once")
+    assert contents(tmp_path / "again") == contents(tmp_path / "once")
+    assert type(load(trust_remote_code=True)) is FreqGateDiTPipeline
+
+
+def test_the_model_alone(hub):
+    pipe = make_pipeline(tiny_transformer("cross_attention"), vae=tiny_vae_kl())
+    pipe.push_to_hub("ana/dit")
+    for model_class in (AutoModel, VARIANTS["cross_attention"]):
+        model = model_class.from_pretrained("ana/dit", subfolder="transformer")
+        assert type(model) is VARIANTS["cross_attention"]
+        assert_same_tensors(model.state_dict(), pipe.transformer.state_dict())
+    vae = AutoencoderKL.from_pretrained("ana/dit", subfolder="vae")
+    assert_same_tensors(vae.state_dict(), pipe.vae.state_dict())
+
+
+# -- ways of loading --------------------------------------------------------------------------------------------------
+
+
+def test_revision(hub):
+    pipes = [make_pipeline(tiny_transformer(seed=seed)) for seed in range(3)]
+    for number, pipe in enumerate(pipes):
+        pipe.push_to_hub("ana/dit", commit_message=f"number {number}")
+    shas = {message: sha for sha, message in hub.repos["ana/dit"].commits()}
+    for number, pipe in enumerate(pipes):
+        loaded = load(revision=shas[f"number {number}"])
+        assert_same_tensors(loaded.transformer.state_dict(), pipe.transformer.state_dict())
+    assert_same_tensors(load().transformer.state_dict(), pipes[-1].transformer.state_dict())
+
+
+def test_tag_of_a_push(hub, tmp_path):
+    for number in range(2):
+        make_pipeline(tiny_transformer(seed=number)).save_pretrained(tmp_path / "pipeline")
+        push_folder(tmp_path / "pipeline", "ana/dit", tag=f"v{number}")
+    push_folder(tmp_path / "pipeline", "ana/dit", tag="v0")  # moved
+    for revision in ("v0", "v1", "main"):
+        assert_same_tensors(load(revision=revision).transformer.state_dict(), tiny_transformer(seed=1).state_dict())
+
+
+def test_variant_and_dtype(hub):
+    pipe = make_pipeline(vae=tiny_vae_kl())
+    pipe.push_to_hub("ana/dit")
+    pipe.transformer.half()  # the autoencoder has no half-precision copy
+    pipe.transformer.push_to_hub("ana/dit", subfolder="transformer", variant="fp16")
+    hub.requests.clear()
+    loaded = load(variant="fp16", dtype={"transformer": torch.float16, "default": torch.float32})
+    assert_same_tensors(loaded.transformer.state_dict(), pipe.transformer.state_dict())
+    assert loaded.vae.dtype == torch.float32
+    assert {path for path in downloads(hub) if path.endswith(".safetensors")} == {
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    hub.requests.clear()
+    assert load(dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    assert [path for path in downloads(hub) if "fp16" in path] == []
+    assert sample(load(), "cat").shape == (1, 4, 8, 8)
+
+
+def test_a_variant_of_all_weights_in_pieces(hub, tmp_path):
+    pipe = make_pipeline(vae=tiny_vae_kl()).to(torch.float16)
+    pipe.save_pretrained(tmp_path / "pipeline", variant="fp16", max_shard_size="40KB")
+    assert len([*(tmp_path / "pipeline" / "transformer").glob("*.fp16-*.safetensors")]) > 1
+    push_folder(tmp_path / "pipeline", "ana/dit")
+    assert_same_tensors(load(variant="fp16", dtype=torch.float16).vae.state_dict(), pipe.vae.state_dict())
+    with pytest.raises(OSError, match="transformer.*'fp16'"):
+        load()
+
+
+def test_components_that_are_given_are_not_downloaded(hub):
+    make_pipeline(vae=tiny_vae_kl()).push_to_hub("ana/dit")
+    hub.requests.clear()
+    loaded = load(vae=None)
+    assert loaded.vae is None and sample(loaded, "cat").shape == (1, 4, 8, 8)
+    assert not [path for path in downloads(hub) if path.startswith("vae/")]
+
+
+def test_device_map_and_offload(hub):
+    pipe = make_pipeline(vae=tiny_vae_kl())
+    pipe.push_to_hub("ana/dit")
+    loaded = load(device_map="cpu")
+    assert torch.equal(sample(loaded, "cat"), sample(pipe, "cat"))
+    loaded = load()
+    loaded.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(sample(loaded, "cat"), sample(pipe, "cat"))
+
+
+def test_private_repositories_token_and_cache_dir(hub, monkeypatch, tmp_path):
+    make_pipeline().push_to_hub("ana/dit", private=True)
+    assert hub.repos["ana/dit"].private
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(HubError, match="neither a folder here nor a repository.*hf auth login"):
+        load()
+    load(token="hf_ana_read", cache_dir=tmp_path / "cache")
+    assert (tmp_path / "cache" / "models--ana--dit").is_dir()
+    with pytest.raises(HubError, match="cache"):
+        load(local_files_only=True)
+    load(local_files_only=True, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE"])
+def test_offline_makes_no_request(how, hub, monkeypatch, tmp_path):
+    pipe = build_pipeline("freq_gate", "text", tmp_path)
+    pipe.push_to_hub("ana/dit")
+    load()
+    hub.requests.clear()
+    if how == "HF_HUB_OFFLINE":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = load(local_files_only=how == "local_files_only")
+    call = {"prompt": "cat", "num_inference_steps": 2, "seed": 0, "output_type": "np"}
+    assert np.array_equal(offline(**call).images, pipe(**call).images)
+    assert hub.requests == []
+
+
+def test_without_a_connection_the_cache_is_taken_and_said(hub, caplog):
+    make_pipeline().push_to_hub("ana/dit")
+    load()
+    hub.close()
+    assert sample(load(), "cat").shape == (1, 4, 8, 8)
+    assert "Using the copy in the cache" in caplog.text
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def saved(folder, **kwargs):
+    make_pipeline(**kwargs).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **changes}))
+
+
+def test_folders_that_are_no_pipeline(tmp_path):
+    folder = saved(tmp_path)
+    with pytest.raises(ValueError, match="'.*transformer' is not a pipeline.*model alone"):
+        load(folder / "transformer")
+    with pytest.raises(ValueError, match="model_index.json: name the folder"):
+        load(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match=f"it is a run, whose pipeline is '{folder}'"):
+        load(tmp_path)
+    for name in ("state.json", "manifest.json"):
+        (folder / "transformer" / name).touch()
+    with pytest.raises(ValueError, match="it is a checkpoint, which training resumes from"):
+        load(folder / "transformer")
+
+
+@pytest.mark.parametrize(("place", "named"), [("folder", "pipeline"), ("Hub", "'ana/dit'")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"_class_name": "StableDiffusionPipeline"},
+            "holds a StableDiffusionPipeline.*DiffusionPipeline.from_pretrained",
+        ),
+        ({"_class_name": "DiTPipeline"}, "freqgate-dit convert"),
+        (
+            {"_freqgate_dit_version": "9.1", "transformer": ["transformer_freqgate_dit", "NextDiT"]},
+            "the class NextDiT, which freqgate_dit .* does not have; it was made by version 9.1: `pip install --up",
+        ),
+        ({"spectrum": [1.0]}, "the option `spectrum` of FreqGateDiTPipeline.*--upgrade"),
+    ],
+)
+def test_pipelines_of_another_kind_or_time(place, named, changes, message, hub, tmp_path):
+    folder = saved(tmp_path)
+    edit(folder / "model_index.json", **changes)
+    if place == "Hub":
+        hub.create("ana/dit", files=contents(folder))
+    with pytest.raises(ValueError, match=f"{named}.*{message}"):
+        load("ana/dit" if place == "Hub" else folder)
+    if place == "Hub":  # nothing but the index was downloaded
+        assert {*downloads(hub)} == {"model_index.json"}
+
+
+def test_an_option_of_the_transformer_from_a_newer_version(hub, tmp_path):
+    folder = saved(tmp_path)
+    edit(folder / "transformer" / "config.json", band_gate=3)
+    hub.create("ana/dit", files=contents(folder))
+    for source in (folder, "ana/dit"):
+        with pytest.raises(ValueError, match="the option `band_gate` of AdaLNZeroDiTTransformer2DModel"):
+            load(source)
+
+
+def test_missing_and_damaged_files(hub, tmp_path):
+    folder = saved(tmp_path, vae=tiny_vae_kl())
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for content, message in {
+        whole[:-7]: "vae/diffusion_pytorch_model.safetensors are damaged or cut short",
+        None: "no weights of its vae.*none at all",
+    }.items():
+        weights.write_bytes(content) if content else weights.unlink()
+        hub.create("ana/dit", files=contents(folder))
+        for source in (folder, "ana/dit"):
+            with pytest.raises(OSError, match=message):
+                load(source)
+        assert load(folder, vae=None).vae is None
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(OSError, match="lacks the configuration of its scheduler"):
+        load(folder, vae=None)
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="model_index.json is no valid JSON"):
+        load(folder)
+
+
+@pytest.mark.parametrize("repo_id", ["ana/", "/dit", "ana/d it", ""])
+def test_names_that_cannot_be_repositories(repo_id, hub):
+    with pytest.raises(ValueError, match="cannot be the name of a repository on the Hub.*'user/name'"):
+        load(repo_id)
+    for push in (prepare_repository, make_pipeline().push_to_hub):
+        with pytest.raises(ValueError, match="cannot be the name of a repository on the Hub.*'user/name'"):
+            push(repo_id or "-")
+
+
+def test_missing_repository_revision_and_index(hub):
+    with pytest.raises(HubError, match="'ana/nothing' is neither a folder here nor a repository on the Hub that this"):
+        load("ana/nothing")
+    hub.create("ana/empty")
+    with pytest.raises(ValueError, match="'ana/empty' is not a pipeline, for it has no model_index.json"):
+        load("ana/empty")
+    make_pipeline().push_to_hub("ana/dit")
+    with pytest.raises(HubError, match="ana/dit has no `revision` 'v9'"):
+        load(revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("", "needs a token with write access.*hf auth login"),
+        ("hf_ana_read", "may not write to ana/dit: use one with write access"),
+        ("hf_bob_write", "may not write to ana/dit: use one with write access"),
+        ("hf_invented", "does not accept the token"),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_tokens_that_may_not_write(token, message, exists, hub, monkeypatch, tmp_path):
+    if exists:
+        hub.create("ana/dit")
+    before = set(hub.repos)
+    monkeypatch.setenv("HF_TOKEN", token)
+    folder = saved(tmp_path)
+    for write in (prepare_repository, make_pipeline().push_to_hub, lambda repo_id: push_folder(folder, repo_id)):
+        with pytest.raises(HubError, match=message):
+            write("ana/dit")
+    assert set(hub.repos) == before
+
+
+def test_the_name_alone_is_a_repository_of_the_tokens_owner(hub):
+    assert prepare_repository("dit", private=True) == "ana/dit"
+    assert hub.repos["ana/dit"].private
+    assert prepare_repository("lab/dit") == "lab/dit" and not hub.repos["lab/dit"].private
+    assert make_pipeline().push_to_hub("dit") == f"{hub.url}/ana/dit"
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429, "retry_after": 0}, {"drop": True}])
+@pytest.mark.parametrize(
+    "where", ["create", "preupload", "objects/batch", "PUT", "commit", "model_index.json", "safetensors"]
+)
+def test_faults_that_pass(where, fault, hub):
+    """Once each, on the way there or back."""
+    pipe = make_pipeline()
+    hub.fail(match=where, **fault)
+    pipe.push_to_hub("ana/dit")
+    assert_same_tensors(load().transformer.state_dict(), pipe.transformer.state_dict())
+    assert len(hub.repos["ana/dit"].commits()) == 2  # its creation, and one push
+
+
+def test_a_push_gives_up_after_its_last_try(hub, tmp_path):
+    folder, told = saved(tmp_path), []
+    hub.fail(match="preupload", status=503, times=100)
+    with pytest.raises(HubError, match="the Hub answered 503 for ana/dit: try again later"):
+        push_folder(folder, "ana/dit", tell=told.append)
+    assert len(told) == 3 and all("Next try" in line for line in told)
+
+
+def test_a_download_that_breaks_off_is_never_taken_for_whole(hub):
+    pipe = make_pipeline()
+    pipe.push_to_hub("ana/dit")
+    hub.fail(match="GET.*safetensors", truncate=1000, times=100)
+    with pytest.raises(OSError):
+        load()
+    hub._faults.clear()
+    assert_same_tensors(load().transformer.state_dict(), pipe.transformer.state_dict())
+
+
+# -- the card ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_writes_a_card_and_keeps_one_that_is_there(hub, tmp_path):
+    pipe = make_pipeline()
+    pipe.push_to_hub("ana/dit")
+    card = hub.repos["ana/dit"].files()["README.md"]
+    assert b'FreqGateDiTPipeline.from_pretrained("ana/dit")' in card
+    hub.create("ana/mine", files={"README.md": b"# mine"})
+    pipe.push_to_hub("ana/mine")
+    assert hub.repos["ana/mine"].files()["README.md"] == b"# mine"
+    folder = saved(tmp_path)
+    (folder / "README.md").write_text("# edited")
+    push_folder(folder, "ana/edited")
+    assert hub.repos["ana/edited"].files()["README.md"] == b"# edited"
+
+
+def test_files_of_a_folder_and_of_a_repository(hub, tmp_path):
+    folder = saved(tmp_path)
+    make_pipeline().push_to_hub("ana/dit")
+    there = list_files("ana/dit")
+    assert {name: there[name] for name in list_files(folder)} == list_files(folder)
+    assert list_files(folder)["model_index.json"] == (folder / "model_index.json").stat().st_size
