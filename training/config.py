@@ -210,8 +210,8 @@ class TrainConfig:
     )
     init_from: str | None = knob(
         None,
-        "Start from these weights: a pipeline, model, checkpoint or run folder, or a Hub id; also diffusers' DiT, or a "
-        "file of the official DiT. What fits is taken.",
+        "Start from these weights: a pipeline, model, checkpoint or run folder, or a Hub id; also diffusers' DiT, or "
+        "a file of the official DiT. What fits is taken.",
     )
     init_revision: str | None = knob(None, "Branch, tag or commit of the repository of init_from.")
     report_to: str = knob("tensorboard", "Accelerate tracker: tensorboard, wandb, trackio, ...; or none.")
