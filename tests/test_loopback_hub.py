@@ -15,6 +15,7 @@ from components import (
     tiny_vae_kl,
 )
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from hub_api import LARGEST_REGULAR
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     BadRequestError,
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import _http
-from loopback_hub import LARGEST_REGULAR, LoopbackHub
+from loopback_hub import LoopbackHub
 from tiny_runs import run
 from transformers import CLIPTextModel, CLIPTokenizer
 
