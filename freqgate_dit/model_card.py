@@ -29,7 +29,7 @@ MECHANISMS = {
 }
 AT_START = ", at the start of training"
 # Names of the pictures that the trainer and the demo write into `figures/`, as the card shows them.
-KNOWN_FIGURES = ("loss", "validation", "gate")
+KNOWN_FIGURES = ("samples", "denoising", "loss", "validation", "gate")
 
 # Identifiers that the Hub accepts as `license`; it refuses a card with another one.
 LICENSES = """
@@ -50,20 +50,24 @@ def write_card(folder: str | Path, repo_id: str | None = None, name: str | None 
     return path
 
 
-def render_card(folder: str | Path, repo_id: str | None = None, name: str | None = None) -> ModelCard:
+def render_card(
+    folder: str | Path, repo_id: str | None = None, name: str | None = None, beside: str = ""
+) -> ModelCard:
     """The card of a pipeline folder.
 
     Args:
         folder: what `save_pretrained` or the trainer wrote.
         repo_id: the repository that the card's code loads, as "user/name"; by default it loads the folder.
         name: of the folder, where it is about to get another one.
+        beside: relative path from the card to the folder, ending in "/", where it will not lie in it.
 
     Raises:
         ValueError: if it is no folder of this package's pipeline, or a file of it is damaged; says which.
     """
     summary = read_summary(folder)
     card = _Card(summary, repo_id, repo_id or name or Path(folder).resolve().name)
-    return ModelCard.from_template(card.metadata(), template_path=str(TEMPLATE), **card.context())
+    context = {**card.context(), "url": lambda path: quote(beside + path)}
+    return ModelCard.from_template(card.metadata(), template_path=str(TEMPLATE), **context)
 
 
 class _Card:
@@ -114,7 +118,6 @@ class _Card:
             "plain": plain,
             "protocol": protocol,
             "table": table,
-            "url": quote,
         }
 
     # -- what it is ---------------------------------------------------------------------------------------------------

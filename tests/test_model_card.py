@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
 from test_summary import EVALUATION, TRAINING, record_training, save_pipeline
+from tiny_runs import ROOT
 
 from freqgate_dit.evaluations import add_evaluation
 from freqgate_dit.model_card import escape, render_card, write_card
@@ -510,3 +512,14 @@ def test_many_classes_are_folded_up(tmp_path):
     card = render_card(tmp_path)
     check_form(card)
     assert "<summary>Names of 11 classes</summary>\n\n0 class_0, 1 class_1, 2 class_2" in card.text
+
+
+def test_the_projects_own_card_is_made_from_its_files():
+    """`python benchmarks/demo_card.py` has not been forgotten."""
+    script = importlib.util.spec_from_file_location("demo_card", ROOT / "benchmarks" / "demo_card.py")
+    demo_card = importlib.util.module_from_spec(script)
+    script.loader.exec_module(demo_card)
+    card = (ROOT / "model_card.md").read_text(encoding="utf-8")
+    assert card == demo_card.render_demo_card()
+    for path in re.findall(r"\]\((results/[^)]*)\)", card):
+        assert (ROOT / path).is_file(), path
