@@ -97,6 +97,11 @@ def encode_pooled_text(tokenizer, text_encoder: PreTrainedModel, prompts: Sequen
     return output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
 
 
+def _uses_null_condition(guider) -> bool:
+    """Whether a guider asks for predictions without the condition; all of diffusers' do."""
+    return getattr(guider, "uses_null_condition", True)
+
+
 def forget_origin(config_file: Path):
     """Take out of a component's configuration where it was loaded from, often a local path, which libraries add."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -444,7 +449,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"`guider` and `guidance_interval` ({guidance_interval}) were both given: the guider has its own "
                 "`start` and `stop`."
             )
-        guided = guider is not None or (guidance_scale is not None and guidance_scale != 1)
+        guided = _uses_null_condition(guider) if guider else guidance_scale is not None and guidance_scale != 1
         if guided and not self.has_null_condition:
             why = (
                 "was trained with `class_dropout_prob` 0, so its null condition means nothing"
@@ -586,11 +591,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
     def _guider_prediction(self, guider, latents, timestep, name, condition, null_condition, step, num_steps):
         """Prediction of a diffusers guider, which asks for its passes one by one."""
         guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
-        batches = guider.prepare_inputs({name: (condition, null_condition)})
+        batches = guider.prepare_inputs({} if name is None else {name: (condition, null_condition)})
         for batch in batches:
             guider.prepare_models(self.transformer)
-            batch.noise_pred = self._denoise(latents, timestep, name, getattr(batch, name))
-            guider.cleanup_models(self.transformer)
+            try:
+                batch.noise_pred = self._denoise(latents, timestep, name, getattr(batch, name) if name else None)
+            finally:
+                guider.cleanup_models(self.transformer)
         return guider(batches).pred
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -684,7 +691,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             batch_size = condition.shape[0]
             if null_condition is not None:
                 null_condition = null_condition.repeat_interleave(num_images_per_label, dim=0)
-            elif guider is not None or guidance_scale != 1:
+            elif _uses_null_condition(guider) if guider else guidance_scale != 1:
                 raise ValueError(
                     "guidance on `pooled_prompt_embeds` needs `negative_pooled_prompt_embeds`: pass the embedding of "
                     '"", or `guidance_scale=1`.'
