@@ -174,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", help="If it is made now, only you can see it.")
     command.add_argument("--message", help="Of the commit.")
     command.add_argument("--tag", help="Name for this state of the repository, which `--revision` takes.")
+    command.add_argument("--branch", help="Commit to this branch, made if it is not there, and leave `main` alone.")
 
     command = _add(commands, "convert", convert, CONVERT)
     command.add_argument("source", metavar="SOURCE", help="Hub id, folder, .pt or .safetensors file.")
@@ -307,15 +308,16 @@ def push(options: argparse.Namespace):
         private=options.private or None,
         commit_message=options.message,
         tag=options.tag,
+        branch=options.branch,
         tell=lambda sentence: print(sentence, file=sys.stderr),
     )
     print(address)
 
 
 def convert(options: argparse.Namespace):
-    folder = options.folder
+    folder = options.folder.absolute()  # "." has no name to give to what replaces it
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"FOLDER ({folder}) is there already: name a new or an empty folder.")
+        raise ValueError(f"FOLDER ({options.folder}) is there already: name a new or an empty folder.")
     from freqgate_dit.convert import freq_gate_from_adaln_zero
     from freqgate_dit.files import replace_folder
 
@@ -326,7 +328,7 @@ def convert(options: argparse.Namespace):
         pipe.register_modules(transformer=freq_gate_from_adaln_zero(pipe.transformer))
     replace_folder(folder, pipe.save_pretrained)
     millions = pipe.transformer.num_parameters() / 1e6
-    print(f"wrote {folder}: {type(pipe.transformer).__name__}, {millions:.1f} M parameters")
+    print(f"wrote {options.folder}: {type(pipe.transformer).__name__}, {millions:.1f} M parameters")
     if pipe.vae is None:
         print("It has no autoencoder, so it makes latents and no images: for images, name one by --vae.")
 
@@ -369,29 +371,40 @@ def load_vae(source: str | None):
 
 def read_dit_pipeline(options: argparse.Namespace):
     """The converted `DiTPipeline` of a folder or repository."""
-    from diffusers import DiTPipeline
     from huggingface_hub import hf_hub_download
 
     from freqgate_dit import hub
     from freqgate_dit.convert import from_dit_pipeline
-    from freqgate_dit.files import read_json
     from freqgate_dit.pipeline_folder import INDEX, refuse_without_index
 
     for name in ("num_attention_heads", "vae"):
         if getattr(options, name) is not None:
             raise ValueError(f"`--{name}` is for weights files of the official code: a DiTPipeline has that itself.")
     folder = Path(options.source).expanduser()
+    if folder.is_dir():
+        return from_dit_pipeline(load_dit(folder, folder / INDEX))
     try:
-        if folder.is_dir():
-            refuse_without_index([path.name for path in folder.iterdir()], folder)
-        index = folder / INDEX if folder.is_dir() else Path(hf_hub_download(options.source, INDEX))
-        class_name = read_json(index)["_class_name"]
-        if class_name != "DiTPipeline":
-            name = class_name[-1] if isinstance(class_name, list) else class_name
-            raise ValueError(f"SOURCE ({options.source}) holds a {name}, and no DiTPipeline of diffusers: name one.")
-        return from_dit_pipeline(DiTPipeline.from_pretrained(folder if folder.is_dir() else options.source))
+        files = hub.list_files(options.source)
+        refuse_without_index(files, options.source)
+        return from_dit_pipeline(load_dit(options.source, Path(hf_hub_download(options.source, INDEX))))
     except hub.CLIENT_ERRORS as error:
         raise hub.explain(error, options.source) from error
+
+
+def load_dit(source: str | Path, index: Path):
+    """The `DiTPipeline` of a folder or repository whose index is the file `index`."""
+    from diffusers import DiTPipeline
+
+    from freqgate_dit.files import read_json
+    from freqgate_dit.pipeline_folder import refuse_without_index
+
+    if not index.is_file():
+        refuse_without_index([path.name for path in index.parent.iterdir()], source)
+    class_name = read_json(index).get("_class_name")
+    if class_name != "DiTPipeline":
+        name = class_name[-1] if isinstance(class_name, list) else class_name
+        raise ValueError(f"SOURCE ({source}) holds a {name}, and no DiTPipeline of diffusers: name one.")
+    return DiTPipeline.from_pretrained(source)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ and no code of a repository is downloaded or run. `prepare_repository` and `push
 """
 
 import glob
+import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,15 +27,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from freqgate_dit.files import read_json
-from freqgate_dit.model_card import render_card, write_card
+from freqgate_dit.model_card import is_generated, write_card
 from freqgate_dit.pipeline_folder import (
     INDEX,
+    WEIGHTS,
     check_folder,
     component_classes,
     files_to_load,
-    refuse_damaged,
+    is_weights,
+    refuse_incomplete,
     refuse_other_pipeline,
     refuse_without_index,
+    weights_variant,
 )
 
 
@@ -47,6 +52,8 @@ CLIENT_ERRORS = (OSError, HFValidationError, HTTP_ERROR)
 READ_WAITS = (1, 4)
 WAITS = (1, 4, 15, 60)
 LONGEST_WAIT = 300
+# What describes the weights that a repository had, and not those that it gets.
+DESCRIPTIONS = ("evaluation/", "figures/", "training_config.yaml", "training_summary.json", "posthoc_ema.json")
 # What is left behind by processes that died, and by Python.
 NOT_UPLOADED = ["*.tmp", "__pycache__/*", "*/__pycache__/*"]
 
@@ -59,7 +66,11 @@ class HubError(OSError):
 
 
 def explain(
-    error: Exception, repo_id: str, revision: str | None = None, writing: bool = False
+    error: Exception,
+    repo_id: str,
+    revision: str | None = None,
+    writing: bool = False,
+    token: str | bool | None = None,
 ) -> HubError | ValueError:
     """What to raise instead of an error of the Hub's client: one sentence that says what to do.
 
@@ -74,31 +85,40 @@ def explain(
             f"{repo_id!r} {no_folder}cannot be the name of a repository on the Hub, which looks like 'user/name': "
             "check the spelling."
         )
-    return HubError(_sentence(error, repo_id, revision, writing))
+    has_token = bool(get_token() if token in (None, True) else token)
+    return HubError(_sentence(error, repo_id, revision, writing, has_token))
 
 
-def _sentence(error: Exception, repo_id: str, revision: str | None, writing: bool) -> str:
+def _sentence(error: Exception, repo_id: str, revision: str | None, writing: bool, has_token: bool) -> str:
     status = status_of(error)
     login = "`hf auth login`, or set HF_TOKEN"
     tokens = f"{constants.ENDPOINT}/settings/tokens"
-    if isinstance(error, LocalTokenNotFoundError) or (status == 401 and writing and not get_token()):
+    if isinstance(error, LocalTokenNotFoundError) or (status == 401 and writing and not has_token):
         return f"writing to {repo_id} on the Hub needs a token with write access, from {tokens}: {login}."
     if status in (403, 404) and writing:
-        return f"the token that was sent may not write to {repo_id}: use one with write access to it, from {tokens}."
-    if status == 401 and (writing or get_token()):
+        said = f" (The Hub says: {error.server_message})" if error.server_message else ""
+        return f"the token that was sent may not write to {repo_id}: use one with write access, from {tokens}.{said}"
+    if status == 401 and has_token:
         return f"the Hub does not accept the token that was sent: make a new one at {tokens}, and {login}."
     if isinstance(error, RevisionNotFoundError):
         return f"the repository {repo_id} has no `revision` {revision!r}: name one of its branches, tags or commits."
     if isinstance(error, GatedRepoError):
         return f"the repository {repo_id} is gated: ask for access at {constants.ENDPOINT}/{repo_id}, then {login}."
     if isinstance(error, RepositoryNotFoundError):
-        seen = "that this token may see" if get_token() else f"that is open to everybody (for a private one, {login})"
+        seen = "that this token may see" if has_token else f"that is open to everybody (for a private one, {login})"
         return f"{repo_id!r} is neither a folder here nor a repository on the Hub {seen}: check the spelling."
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo_id} needs the Hub, but HF_HUB_OFFLINE is set: unset it."
     if isinstance(error, LocalEntryNotFoundError):
         return f"{repo_id} is not in the cache, and downloads are switched off or fail: go online, or name a folder."
-    if status is not None:
+    if status is not None and may_pass(error):
         return f"the Hub answered {status} for {repo_id}: try again later."
-    return f"the Hub ({constants.ENDPOINT}) cannot be reached for {repo_id} ({type(error).__name__}): try again later."
+    if status is not None:
+        return f"the Hub answered {status} for {repo_id}: {error.server_message or error}"
+    if may_pass(error):
+        reason = type(error).__name__
+        return f"the Hub ({constants.ENDPOINT}) cannot be reached for {repo_id} ({reason}): try again later."
+    return f"{repo_id} cannot be copied: {error}"
 
 
 def status_of(error: Exception) -> int | None:
@@ -120,6 +140,7 @@ def download(
     force_download: bool = False,
     trust_remote_code: bool = False,
     weights: bool = True,
+    class_name: str = "FreqGateDiTPipeline",
     **others,
 ) -> str:
     """Download what a pipeline is loaded from, without its code; the folder in the cache.
@@ -131,6 +152,7 @@ def download(
         repo_id, revision, variant, token, cache_dir, local_files_only, force_download, trust_remote_code: as in
             `DiffusionPipeline.from_pretrained`.
         weights: whether to download more than what describes the pipeline.
+        class_name: of the pipeline, for subclasses.
         others: components that are given to `from_pretrained` are not downloaded; what else it takes is ignored.
 
     Raises:
@@ -138,38 +160,53 @@ def download(
         HubError: if it does not exist, is not open to this token, or can be neither reached nor found in the cache.
     """
     where = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    offline = bool(local_files_only or constants.HF_HUB_OFFLINE)
 
     def wanted() -> list[str]:
         files = list_files(repo_id, revision, token)
         refuse_without_index(files, repo_id)
         index = read_json(Path(hf_hub_download(repo_id, INDEX, force_download=force_download, **where)))
-        refuse_other_pipeline(index, repo_id)
+        refuse_other_pipeline(index, repo_id, class_name)
+        if not weights:
+            return descriptions(files)
         components = [name for name in component_classes(index) if name not in others]
-        return files_to_load(files, components, variant, trust_remote_code) if weights else descriptions(files)
+        return files_to_load(files, components, variant, trust_remote_code, others.get("use_safetensors") is False)
 
-    def folder_in_cache(names: list[str], local: bool) -> str:
+    def from_hub() -> str:
+        names = wanted()
         patterns = [glob.escape(name) for name in names]
-        options = {"local_files_only": local, "force_download": force_download and not local, **where}
-        return snapshot_download(repo_id, allow_patterns=patterns, **options)
+        folder = snapshot_download(repo_id, allow_patterns=patterns, force_download=force_download, **where)
+        if not all((Path(folder) / name).is_file() for name in names):
+            # After an error of the Hub the client hands out what is in the cache.
+            raise ConnectionError("the download is incomplete")
+        return folder
 
-    def attempt() -> str:
+    def from_cache() -> str:
+        folder = snapshot_download(repo_id, allow_patterns=[INDEX], local_files_only=True, **where)
+        if weights:
+            check_folder(folder, variant, others, class_name)
+        return folder
+
+    def explained(error: Exception) -> Exception:
+        return explain(error, repo_id, revision, token=token)
+
+    if local_files_only or constants.HF_HUB_OFFLINE:
         try:
-            return folder_in_cache([INDEX] if offline else wanted(), offline)
+            return from_cache()
         except CLIENT_ERRORS as error:
-            if offline or isinstance(error, HFValidationError):
-                raise
-            try:
-                folder = folder_in_cache([INDEX], True)
-                check_folder(folder, variant, without=others)
-            except CLIENT_ERRORS:  # nothing, or not all that is needed
-                raise error from None
-            logger.warning(f"{explain(error, repo_id, revision)} Using the copy in the cache.")
-            return folder
-
-    folder = with_retries(attempt, lambda error: explain(error, repo_id, revision), READ_WAITS)
+            raise explained(error) from error
+    try:
+        folder = with_retries(from_hub, explained, READ_WAITS)
+    except (HubError, ValueError) as error:
+        if not isinstance(error.__cause__, CLIENT_ERRORS) or isinstance(error.__cause__, HFValidationError):
+            raise
+        try:
+            folder = from_cache()
+        except (*CLIENT_ERRORS, ValueError):  # nothing, or not all that is needed
+            raise error from error.__cause__
+        logger.warning(f"{error} Using the copy in the cache.")
+        return folder
     if weights:
-        check_folder(folder, variant, without=others)
+        check_folder(folder, variant, others, class_name)
     return folder
 
 
@@ -179,23 +216,17 @@ def descriptions(files: Iterable[str]) -> list[str]:
         name
         for name in files
         if name.endswith((".json", ".yaml", ".md"))
-        and ("/" not in name or name.endswith("config.json"))
-        or name.startswith("evaluation/")
+        and ("/" not in name or name.startswith("evaluation/") or name.endswith("config.json"))
     ]
 
 
-def list_files(
-    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
-) -> dict[str, int]:
-    """Path -> bytes of the files of a folder or a repository.
+def list_files(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, int]:
+    """Path -> bytes of a repository's files.
 
     Raises:
-        OSError: of the Hub's client, for a repository.
+        OSError: of the Hub's client.
     """
-    if os.path.isdir(source):
-        paths = sorted(path for path in Path(source).rglob("*") if path.is_file())
-        return {path.relative_to(source).as_posix(): path.stat().st_size for path in paths}
-    info = HfApi().model_info(str(source), revision=revision, token=token, files_metadata=True)
+    info = HfApi().model_info(repo_id, revision=revision, token=token, files_metadata=True)
     return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
 
 
@@ -208,7 +239,8 @@ def fetch_pipeline(source: str | os.PathLike, **options) -> Path:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return Path(download(str(source), **options))
-    check_folder(folder, options.get("variant"))
+    if options.get("weights", True):
+        check_folder(folder, options.get("variant"))
     return folder
 
 
@@ -238,9 +270,10 @@ def prepare_repository(repo_id: str, private: bool | None = None, token: str | N
         validate_repo_id(whole)
         whole = api.create_repo(whole, private=private, exist_ok=True).repo_id
         api.auth_check(whole, write=True)
+        _refuse_public(api.model_info(whole), private)
         return whole
 
-    return with_retries(prepare, lambda error: explain(error, repo_id, writing=True), WAITS)
+    return with_retries(prepare, lambda error: explain(error, repo_id, writing=True, token=token), WAITS)
 
 
 def push_folder(
@@ -249,15 +282,17 @@ def push_folder(
     *,
     private: bool | None = None,
     commit_message: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     create_pr: bool = False,
     tag: str | None = None,
+    branch: str | None = None,
     tell: Callable[[str], object] = logger.warning,
 ) -> str:
     """Upload a pipeline folder as one commit, with retries. The repository is made if it is not there.
 
-    A folder without a card gets one, unless the repository has its own; a generated card that was not edited is
-    written anew, so that it names the repository.
+    The repository is this pipeline afterwards: weights of the same variant in another format go, and with other
+    weights also figures and measurements that the folder does not have. A card that somebody has edited is kept, in
+    the folder or else in the repository; otherwise the card is made anew, with the repository's name.
 
     Args:
         folder: what `save_pretrained` or the trainer wrote.
@@ -266,6 +301,7 @@ def push_folder(
         commit_message, create_pr: of the commit.
         token: by default that of `hf auth login` or HF_TOKEN.
         tag: name that the commit gets in the repository, for `revision`; an older tag of the name is moved.
+        branch: to commit to instead of `main`; it is made if it is not there.
         tell: is called with a sentence before each retry.
 
     Returns:
@@ -276,41 +312,107 @@ def push_folder(
         HubError: if the Hub refuses, or still cannot be reached after the last retry.
     """
     folder = Path(folder)
-    refuse_without_index([path.name for path in folder.iterdir()], folder)
-    refuse_other_pipeline(read_json(folder / INDEX), folder)
-    for file in folder.glob("*/*.safetensors"):
-        refuse_damaged(file)
+    check_to_push(folder)
     api = HfApi(token=token)
 
     def upload() -> str:
         whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        _name_repository_in_card(folder, whole, api)
+        api.auth_check(whole, write=True)
+        if branch:
+            api.create_branch(whole, branch=branch, exist_ok=True)
+        info = api.model_info(whole, revision=branch, files_metadata=True)
+        _refuse_public(info, private)
+        there = {sibling.rfilename: sibling.lfs for sibling in info.siblings}
+        outdated = outdated_files(folder, there)
+        with_card = _renew_card(folder, whole, branch, api, changes_weights(folder, there))
         try:
             commit = api.upload_folder(
                 repo_id=whole,
                 folder_path=folder,
                 commit_message=commit_message or "Upload FreqGateDiTPipeline",
                 create_pr=create_pr,
-                ignore_patterns=NOT_UPLOADED,
+                revision=branch,
+                ignore_patterns=NOT_UPLOADED if with_card else [*NOT_UPLOADED, "README.md"],
+                delete_patterns=[glob.escape(name) for name in outdated] or None,
             )
         except RuntimeError as error:  # in which the client wraps what went wrong with one file
-            raise error.__cause__ or error
+            raise error.__cause__ or HubError(str(error)) from error
         if tag:
             if tag in [reference.name for reference in api.list_repo_refs(whole).tags]:
                 api.delete_tag(whole, tag=tag)
             api.create_tag(whole, tag=tag, revision=commit.oid)
         return commit.pr_url or str(commit.repo_url)
 
-    return with_retries(upload, lambda error: explain(error, repo_id, writing=True), WAITS, tell)
+    return with_retries(upload, lambda error: explain(error, repo_id, writing=True, token=token), WAITS, tell)
 
 
-def _name_repository_in_card(folder: Path, repo_id: str, api: HfApi):
+def outdated_files(folder: Path, there: dict[str, object]) -> list[str]:
+    """Of the files of a repository (path -> what is known of LFS) those that a push of `folder` makes wrong."""
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    outdated = []
+    for component in {name.split("/")[0] for name in here if "/" in name and name.endswith(WEIGHTS)}:
+        variants = {weights_variant(name) for name in here if name.startswith(f"{component}/") and is_weights(name)}
+        outdated += [
+            name
+            for name in there
+            if name.startswith(f"{component}/") and is_weights(name) and weights_variant(name) in variants
+        ]
+    if changes_weights(folder, there):
+        outdated += [name for name in there if name.startswith(DESCRIPTIONS)]
+    return [name for name in outdated if name not in here]
+
+
+def changes_weights(folder: Path, there: dict[str, object]) -> bool:
+    """Whether full-precision weights of the transformer are pushed that the repository does not have."""
+    for path in (folder / "transformer").iterdir():
+        if path.name.endswith(WEIGHTS) and weights_variant(path.name) is None:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            known = there.get(f"transformer/{path.name}")
+            if known is None or known.sha256 != digest:
+                return True
+    return False
+
+
+def check_to_push(folder: Path):
+    """Raise unless `folder` is a pipeline that others can load once it is a repository."""
+    if not folder.is_dir():
+        raise ValueError(f"`folder` ({folder}) is not there: name the folder of a pipeline.")
+    names = [path.name for path in folder.iterdir()]
+    refuse_without_index(names, folder)
+    index = read_json(folder / INDEX)
+    refuse_other_pipeline(index, folder, index.get("_class_name", [None])[-1])
+    for name in component_classes(index):
+        refuse_incomplete(folder, name, any_variant=True)
+    if isinstance(index["_class_name"], list) and f"{index['_class_name'][0]}.py" not in names:
+        raise ValueError(
+            f"{str(folder)!r} lacks its code, {index['_class_name'][0]}.py, so that nobody could load it without the "
+            f"package: load it with `FreqGateDiTPipeline.from_pretrained` and use `push_to_hub`."
+        )
+
+
+def _renew_card(folder: Path, repo_id: str, branch: str | None, api: HfApi, new_weights: bool) -> bool:
+    """Make the card of `folder` anew unless somebody has edited it. Returns whether it is to be uploaded."""
     card = folder / "README.md"
-    if card.exists():
-        if card.read_text(encoding="utf-8") == str(render_card(folder)):
-            write_card(folder, repo_id)
-    elif not api.file_exists(repo_id, "README.md"):
-        write_card(folder, repo_id)
+    if card.exists() and not is_generated(card.read_text(encoding="utf-8")):
+        return True
+    if api.file_exists(repo_id, "README.md", revision=branch):
+        with tempfile.TemporaryDirectory() as place:
+            there = Path(api.hf_hub_download(repo_id, "README.md", revision=branch, local_dir=place))
+            edited = not is_generated(there.read_text(encoding="utf-8"))
+        # Of the same weights the repository may know more than a folder without a card.
+        if edited or not (card.exists() or new_weights):
+            return False
+    write_card(folder, repo_id)
+    return True
+
+
+def _refuse_public(info: ModelInfo, private: bool | None):
+    if private and not info.private:
+        raise HubError(
+            f"{info.id} is public, and `private` is for repositories that are made now: make it private at "
+            f"{constants.ENDPOINT}/{info.id}/settings, or leave `private` out."
+        )
 
 
 def with_retries(

@@ -4,6 +4,7 @@ The text is in `model_card_template.md`, for Jinja2 (which torch installs); this
 Hub's specification, https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -13,10 +14,13 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from freqgate_dit.files import write_text
+from freqgate_dit.pipeline_folder import weights_variant
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE
 from freqgate_dit.summary import PipelineSummary, metric_text, plain, read_summary
 
 
+# Around the digest of all that comes before it: a card that somebody has edited has another.
+MARK, MARK_END = "<!-- made by freqgate_dit, digest ", " -->"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CODE = {"pipeline_freqgate_dit.py", "transformer/transformer_freqgate_dit.py"}
 
@@ -50,6 +54,16 @@ def write_card(folder: str | Path, repo_id: str | None = None, name: str | None 
     return path
 
 
+def is_generated(card: str) -> bool:
+    """Whether the text of a card is as `render_card` made it, so that nothing is lost if it is made anew."""
+    text, mark, digest = card.rstrip().rpartition(MARK)
+    return bool(mark) and digest == _digest(text) + MARK_END
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
 def render_card(
     folder: str | Path, repo_id: str | None = None, name: str | None = None, beside: str = ""
 ) -> ModelCard:
@@ -67,7 +81,8 @@ def render_card(
     summary = read_summary(folder)
     card = _Card(summary, repo_id, repo_id or name or Path(folder).resolve().name)
     context = {**card.context(), "url": lambda path: quote(beside + path)}
-    return ModelCard.from_template(card.metadata(), template_path=str(TEMPLATE), **context)
+    text = str(ModelCard.from_template(card.metadata(), template_path=str(TEMPLATE), **context)).rstrip()
+    return ModelCard(f"{text}\n\n{MARK}{_digest(text)}{MARK_END}\n")
 
 
 class _Card:
@@ -94,6 +109,7 @@ class _Card:
             "figures": sorted(figures.items(), key=lambda figure: figure_order(figure[0])),
             "repo_id": self.repo_id,
             "location": self.location,
+            "source": self.source(),
             "call": call,
             "needs_torch": "torch." in call,
             "guidance_scale": self.guidance_scale(),
@@ -119,6 +135,13 @@ class _Card:
             "protocol": protocol,
             "table": table,
         }
+
+    def source(self) -> str:
+        """What the card's code loads: the place, and the variant of the weights where there are no others."""
+        names = [path.split("/")[1] for path in self.summary.files if path.startswith("transformer/")]
+        variants = {weights_variant(name) for name in names if name.endswith(".safetensors")}
+        place = literal(self.location)
+        return place if None in variants or not variants else f"{place}, variant={literal(min(variants))}"
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 

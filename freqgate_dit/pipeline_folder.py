@@ -26,7 +26,11 @@ class DamagedPipelineError(OSError):
 
 
 def files_to_load(
-    files: Iterable[str], components: Iterable[str], variant: str | None = None, code: bool = False
+    files: Iterable[str],
+    components: Iterable[str],
+    variant: str | None = None,
+    code: bool = False,
+    pickled: bool = False,
 ) -> list[str]:
     """Of a repository's files those that a pipeline is loaded from.
 
@@ -35,24 +39,34 @@ def files_to_load(
         components: folders that are loaded.
         variant: of the weights, such as "fp16"; a folder that has none of it is loaded in full precision.
         code: also the Python files.
+        pickled: pickled weights (`use_safetensors=False`), which otherwise are only where there are no others.
     """
     kept = [INDEX]
     for folder in components:
         names = [name for name in files if name.startswith(f"{folder}/")]
         weights = [name for name in names if name.endswith(WEIGHTS)]
-        weights = [name for name in weights if name.endswith(".safetensors")] or weights
-        of_variant = [name for name in weights if variant and _variant(name) == variant]
-        kept += of_variant or [name for name in weights if _variant(name) is None]
+        weights = [name for name in weights if name.endswith(".bin" if pickled else ".safetensors")] or weights
+        of_variant = [name for name in weights if variant and weights_variant(name) == variant]
+        kept += of_variant or [name for name in weights if weights_variant(name) is None]
         kept += [name for name in names if name.endswith(SMALL_FILES)]
     if code:
         kept += [name for name in files if name.endswith(".py")]
     return kept
 
 
-def _variant(name: str) -> str | None:
-    """The fp16 of `diffusion_pytorch_model.fp16.safetensors`, also in pieces; `None` for weights without variant."""
-    match = re.fullmatch(r"[^.]+\.([^.]+?)(-\d{5}-of-\d{5})?\.\w+", name.split("/")[-1])
+def weights_variant(name: str) -> str | None:
+    """The fp16 of `diffusion_pytorch_model.fp16.safetensors`, whole, in pieces or their index; `None` without one."""
+    name = name.split("/")[-1]
+    index = re.fullmatch(r".+\.index(?:\.(.+))?\.json", name)
+    if index:
+        return index[1]
+    match = re.fullmatch(r"[^.]+\.([^.]+?)(-\d{5}-of-\d{5})?\.\w+", name)
     return match[1] if match else None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, or is the index of the pieces that do."""
+    return name.endswith(WEIGHTS) or ".index." in name
 
 
 def component_classes(index: dict) -> dict[str, list[str]]:
@@ -66,18 +80,24 @@ def component_classes(index: dict) -> dict[str, list[str]]:
 
 def use_package_classes(index: dict):
     """Put this package's classes in place of a repository's own."""
-    if isinstance(index["_class_name"], list):
+    if isinstance(index.get("_class_name"), list):
         index["_class_name"] = index["_class_name"][1]
     for name, (library, class_name) in component_classes(index).items():
         index[name] = [PACKAGE_MODULES.get(library, library), class_name]
 
 
-def check_folder(folder: str | os.PathLike, variant: str | None = None, without: Container[str] = ()):
+def check_folder(
+    folder: str | os.PathLike,
+    variant: str | None = None,
+    without: Container[str] = (),
+    class_name: str = FreqGateDiTPipeline.__name__,
+):
     """Raise unless `folder` is a pipeline folder that this version of the package can load.
 
     Args:
         variant: of the weights.
         without: components that are not loaded from the folder.
+        class_name: of the pipeline, for subclasses.
 
     Raises:
         ValueError: if it is something else, or was made by a newer version.
@@ -86,16 +106,17 @@ def check_folder(folder: str | os.PathLike, variant: str | None = None, without:
     folder = Path(folder)
     refuse_without_index([path.name for path in folder.iterdir()], folder)
     index = read_json(folder / INDEX)
-    refuse_other_pipeline(index, folder)
+    refuse_other_pipeline(index, folder, class_name)
     for name, (library, class_name) in component_classes(index).items():
         if name not in without:
-            _refuse_incomplete(folder, name, variant)
+            refuse_incomplete(folder, name, variant)
         config_file = folder / name / "config.json"
         if library in PACKAGE_MODULES and config_file.is_file():
             _refuse_unknown_options(index, folder, _package_class(library, class_name), read_json(config_file))
 
 
-def _refuse_incomplete(folder: Path, component: str, variant: str | None):
+def refuse_incomplete(folder: Path, component: str, variant: str | None = None, any_variant: bool = False):
+    """Raise if files of a component are missing or cut short: its weights of `variant`, or all that are there."""
     names = [f"{component}/{path.name}" for path in (folder / component).glob("*")]
     if not any(name.endswith("config.json") for name in names):
         raise DamagedPipelineError(
@@ -103,13 +124,14 @@ def _refuse_incomplete(folder: Path, component: str, variant: str | None):
         )
     if f"{component}/config.json" not in names:
         return  # a scheduler or a tokenizer
-    weights = [name for name in files_to_load(names, [component], variant) if name.endswith(WEIGHTS)]
+    found = [name for name in names if name.endswith(WEIGHTS)]
+    weights = found if any_variant else [name for name in files_to_load(names, [component], variant) if name in found]
     if not weights:
-        variants = sorted({_variant(name) for name in names if name.endswith(WEIGHTS)} - {None})
+        variants = sorted({weights_variant(name) for name in found} - {None})
         there = f"only of `variant` {' and '.join(map(repr, variants))}" if variants else "none at all"
         raise DamagedPipelineError(
             f"the pipeline {str(folder)!r} has no weights of its {component} (`variant` {variant!r}; {there}): name "
-            "a variant that is there, or copy it anew."
+            "a variant that is there, or copy it anew (of a repository: load it once while online)."
         )
     for name in weights:
         if name.endswith(".safetensors"):
@@ -117,6 +139,7 @@ def _refuse_incomplete(folder: Path, component: str, variant: str | None):
 
 
 def refuse_damaged(file: Path):
+    """Raise if a file of weights is cut short or otherwise unreadable."""
     try:
         with safe_open(file, "pt"):
             pass
@@ -147,22 +170,26 @@ def refuse_without_index(names: Iterable[str], place: str | os.PathLike):
     raise ValueError(f"{start}: name the folder or repository that `save_pretrained` or the trainer wrote.")
 
 
-def refuse_other_pipeline(index: dict, place: str | os.PathLike):
+def refuse_other_pipeline(index: dict, place: str | os.PathLike, expected: str = FreqGateDiTPipeline.__name__):
     """Raise if an index belongs to another pipeline class, or needs what this version of the package does not have."""
-    class_name = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
+    class_name = index.get("_class_name")
+    class_name = class_name[-1] if isinstance(class_name, list) else class_name
+    if class_name is None:
+        raise ValueError(f"{INDEX} of {str(place)!r} names no class (`_class_name`): copy it anew.")
     if class_name == "DiTPipeline":
         raise ValueError(
             f"{str(place)!r} holds diffusers' DiTPipeline: make it one of this package with `freqgate-dit convert`."
         )
-    if class_name != FreqGateDiTPipeline.__name__:
+    if class_name not in (expected, FreqGateDiTPipeline.__name__):
         raise ValueError(
             f"{str(place)!r} holds a {class_name}, not a {FreqGateDiTPipeline.__name__}: load it with "
             "`DiffusionPipeline.from_pretrained`."
         )
-    for library, class_name in component_classes(index).values():
-        if library in PACKAGE_MODULES and _package_class(library, class_name) is None:
-            _refuse_newer(index, place, f"the class {class_name}")
-    _refuse_unknown_options(index, place, FreqGateDiTPipeline, index)
+    for library, component_class in component_classes(index).values():
+        if library in PACKAGE_MODULES and _package_class(library, component_class) is None:
+            _refuse_newer(index, place, f"the class {component_class}")
+    if class_name == FreqGateDiTPipeline.__name__:
+        _refuse_unknown_options(index, place, FreqGateDiTPipeline, index)
 
 
 def _package_class(library: str, class_name: str) -> type | None:
@@ -172,7 +199,7 @@ def _package_class(library: str, class_name: str) -> type | None:
 def _refuse_unknown_options(index: dict, place: str | os.PathLike, cls: type, config: dict):
     known = inspect.signature(cls.__init__).parameters
     for name in config:
-        if not name.startswith("_") and name not in known:
+        if not name.startswith("_") and name not in (*known, "quantization_config"):
             _refuse_newer(index, place, f"the option `{name}` of {cls.__name__}")
 
 

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -191,7 +192,9 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """
         pipeline_folder = _package("pipeline_folder")
         if pipeline_folder and os.path.isdir(pretrained_model_name_or_path):
-            pipeline_folder.check_folder(pretrained_model_name_or_path, kwargs.get("variant"), without=kwargs)
+            pipeline_folder.check_folder(
+                pretrained_model_name_or_path, kwargs.get("variant"), without=kwargs, class_name=cls.__name__
+            )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -245,8 +248,9 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """
         folder = Path(save_directory)
         super().save_pretrained(folder, safe_serialization, variant, max_shard_size, **kwargs)
-        for config_file in folder.glob("*/*config.json"):
-            forget_origin(config_file)
+        for name in self.components:
+            for config_file in (folder / name).glob("*config.json"):
+                forget_origin(config_file)
         self._ship_code(folder)
         if not push_to_hub:
             return None
@@ -261,10 +265,32 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             )
         return str(self._upload_folder(folder, repo_id, **options))
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Save and upload: takes the arguments of `save_pretrained`, returns the address of what was uploaded."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        **kwargs,
+    ) -> str:
+        """Save and upload: arguments as in `save_pretrained`; returns the address of what was uploaded."""
+        if subfolder:
+            raise ValueError(f"`subfolder` ({subfolder!r}): a pipeline is loaded from the root of a repository only.")
+        options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
-            return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+            return self.save_pretrained(
+                folder, safe_serialization, variant, push_to_hub=True, repo_id=repo_id, **options, **kwargs
+            )
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FreqGateDiTPipeline":
+        """As in `DiffusionPipeline`, which compares exact types and would leave transformer and autoencoder behind."""
+        components = {name: part for name, part in pipeline.components.items() if part is not None}
+        return super().from_pipe(pipeline, **{**components, **kwargs})
 
     def _ship_code(self, folder: Path):
         """Copy the files of custom classes into the folder, and name them in its index as diffusers looks for them.
@@ -449,6 +475,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"`guider` and `guidance_interval` ({guidance_interval}) were both given: the guider has its own "
                 "`start` and `stop`."
             )
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` ({guidance_scale}) must be a finite number.")
         guided = _uses_null_condition(guider) if guider else guidance_scale is not None and guidance_scale != 1
         if guided and not self.has_null_condition:
             why = (

@@ -17,9 +17,12 @@ from components import (
     tiny_vae_kl,
 )
 from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline
+from huggingface_hub import HfApi
+from test_summary import EVALUATION
 from tiny_runs import ROOT, fresh_environment, run
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+from freqgate_dit.evaluations import add_evaluation
 from freqgate_dit.hub import HubError, list_files, prepare_repository, push_folder
 
 
@@ -390,7 +393,18 @@ def test_the_name_alone_is_a_repository_of_the_tokens_owner(hub):
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429, "retry_after": 0}, {"drop": True}])
 @pytest.mark.parametrize(
-    "where", ["create", "preupload", "objects/batch", "PUT", "commit", "model_index.json", "safetensors"]
+    "where",
+    [
+        "create",
+        "preupload",
+        "objects/batch",
+        "PUT",
+        "commit",
+        "GET /api/models",
+        "/revision/",
+        "index.json",
+        "safetensors",
+    ],
 )
 def test_faults_that_pass(where, fault, hub):
     """Once each, on the way there or back."""
@@ -436,9 +450,136 @@ def test_a_push_writes_a_card_and_keeps_one_that_is_there(hub, tmp_path):
     assert hub.repos["ana/edited"].files()["README.md"] == b"# edited"
 
 
-def test_files_of_a_folder_and_of_a_repository(hub, tmp_path):
-    folder = saved(tmp_path)
+def test_files_of_a_repository(hub):
     make_pipeline().push_to_hub("ana/dit")
-    there = list_files("ana/dit")
-    assert {name: there[name] for name in list_files(folder)} == list_files(folder)
-    assert list_files(folder)["model_index.json"] == (folder / "model_index.json").stat().st_size
+    files = hub.repos["ana/dit"].files()
+    assert list_files("ana/dit") == {name: len(content) for name, content in files.items()}
+
+
+def test_generated_cards_are_renewed_and_edited_ones_kept(hub, tmp_path):
+    folder = saved(tmp_path)
+    for name in ("ana/one", "ana/two"):  # the card of the first is no card of the second
+        push_folder(folder, name)
+        assert f'from_pretrained("{name}")'.encode() in hub.repos[name].files()["README.md"]
+    add_evaluation(folder, "fid", EVALUATION)
+    push_folder(folder, "ana/one")
+    assert EVALUATION.title.encode() in hub.repos["ana/one"].files()["README.md"]
+    edited = hub.repos["ana/one"].files()["README.md"] + b"edited on the Hub"
+    HfApi().upload_file(path_or_fileobj=edited, path_in_repo="README.md", repo_id="ana/one")
+    push_folder(folder, "ana/one")
+    assert hub.repos["ana/one"].files()["README.md"] == edited
+
+
+def test_what_described_other_weights_goes(hub, tmp_path):
+    folder = saved(tmp_path)
+    add_evaluation(folder, "fid", EVALUATION)
+    push_folder(folder, "ana/dit")
+    load().push_to_hub("ana/dit")  # the same weights: what is known of them stays
+    half = load(dtype=torch.float16)
+    half.push_to_hub("ana/dit", variant="fp16")
+    files = hub.repos["ana/dit"].files()
+    assert "evaluation/fid.json" in files and EVALUATION.title.encode() in files["README.md"]
+    make_pipeline(tiny_transformer("freq_gate")).push_to_hub("ana/dit")
+    files = hub.repos["ana/dit"].files()
+    assert "evaluation/fid.json" not in files and EVALUATION.title.encode() not in files["README.md"]
+    assert b"FreqGateDiTTransformer2DModel" in files["README.md"]
+    assert "transformer/diffusion_pytorch_model.fp16.safetensors" in files
+
+
+@pytest.mark.parametrize("before", [{"max_shard_size": "40KB"}, {"safe_serialization": False}, {}])
+@pytest.mark.parametrize("after", [{"max_shard_size": "40KB"}, {"safe_serialization": False}, {}])
+def test_a_later_push_is_what_loads(before, after, hub):
+    """Weights in another format must not stay behind and win."""
+    make_pipeline(tiny_transformer(seed=1)).push_to_hub("ana/dit", **before)
+    pipe = make_pipeline(tiny_transformer(seed=2))
+    pipe.push_to_hub("ana/dit", **after)
+    assert_same_tensors(load().transformer.state_dict(), pipe.transformer.state_dict())
+
+
+def test_push_to_a_branch(hub, tmp_path):
+    make_pipeline(tiny_transformer(seed=1)).push_to_hub("ana/dit")
+    push_folder(saved(tmp_path), "ana/dit", branch="late")
+    assert_same_tensors(load(revision="late").transformer.state_dict(), tiny_transformer().state_dict())
+    assert_same_tensors(load().transformer.state_dict(), tiny_transformer(seed=1).state_dict())
+
+
+def test_what_nobody_could_load_is_not_pushed(hub, tmp_path):
+    folder = saved(tmp_path)
+    (folder / "pipeline_freqgate_dit.py").unlink()
+    with pytest.raises(ValueError, match="lacks its code, pipeline_freqgate_dit.py"):
+        push_folder(folder, "ana/dit")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="no weights of its transformer"):
+        push_folder(folder, "ana/dit")
+    with pytest.raises(ValueError, match="is not there"):
+        push_folder(tmp_path / "nothing", "ana/dit")
+    with pytest.raises(ValueError, match="`subfolder`"):
+        make_pipeline().push_to_hub("ana/dit", subfolder="v1")
+    assert hub.repos == {}
+
+
+def test_private_does_not_mean_public(hub):
+    hub.create("ana/dit")
+    for push in (prepare_repository, make_pipeline().push_to_hub):
+        with pytest.raises(HubError, match="ana/dit is public"):
+            push("ana/dit", private=True)
+    assert [*hub.repos["ana/dit"].files()] == [".gitattributes"]
+
+
+def test_other_folders_are_left_as_they_are(tmp_path):
+    for name in ("llama", "web"):
+        (tmp_path / "pipeline" / name).mkdir(parents=True)
+    ours = tmp_path / "pipeline" / "llama" / "config.json"
+    ours.write_text('{"_name_or_path":   "x"}')
+    (tmp_path / "pipeline" / "web" / "tsconfig.json").write_text("{ // comments }")
+    saved(tmp_path)
+    assert ours.read_text() == '{"_name_or_path":   "x"}'
+
+
+def test_from_pipe():
+    pipe = make_pipeline(vae=tiny_vae_kl())
+    other = FreqGateDiTPipeline.from_pipe(pipe, scheduler=pipe.scheduler)
+    assert other.transformer is pipe.transformer and other.vae is pipe.vae and other.id2label == LABELS
+
+
+def test_a_subclass_loads_what_it_saved(tmp_path):
+    class Mine(FreqGateDiTPipeline):
+        pass
+
+    Mine(**make_pipeline().components, id2label=LABELS).save_pretrained(tmp_path)
+    assert type(Mine.from_pretrained(tmp_path)) is Mine
+
+
+def test_retry_after_is_obeyed(hub, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr("freqgate_dit.hub.time.sleep", waits.append)
+    hub.fail(match="POST /api/repos/create", status=429, retry_after=7)
+    push_folder(saved(tmp_path), "ana/dit")
+    assert waits == [7]
+
+
+def test_one_error_does_not_bring_back_old_weights(hub):
+    make_pipeline(tiny_transformer(seed=1)).push_to_hub("ana/dit")
+    load()
+    make_pipeline(tiny_transformer(seed=2)).push_to_hub("ana/dit")
+    for match in ("GET /api/models", "model_index.json", "/revision/main"):
+        hub.fail(match=match, status=503)
+        assert_same_tensors(load().transformer.state_dict(), tiny_transformer(seed=2).state_dict())
+
+
+def test_an_index_without_a_class(hub, tmp_path):
+    folder = saved(tmp_path)
+    (folder / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no class"):
+        load(folder)
+
+
+def test_tokens_that_are_passed_are_the_ones_that_are_spoken_of(hub, monkeypatch):
+    make_pipeline().push_to_hub("ana/dit", private=True)
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(HubError, match="does not accept the token"):
+        load(token="hf_invented")
+    with pytest.raises(HubError, match="that this token may see"):
+        load(token="hf_bob_write")
+    with pytest.raises(HubError, match="open to everybody"):
+        load(token=False)

@@ -11,9 +11,9 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from freqgate_dit.hub import push_folder
 
 
-def push_command(folder: Path, repo_id: str, tag: str | None = None) -> str:
-    """The command that uploads a pipeline folder later."""
-    return f"freqgate-dit push {shlex.quote(str(folder))} {repo_id}" + (f" --tag {tag}" if tag else "")
+def push_command(folder: Path, repo_id: str, branch: str | None = None) -> str:
+    """The command that uploads a pipeline folder later; to a branch, where `main` may be newer by then."""
+    return f"freqgate-dit push {shlex.quote(str(folder))} {repo_id}" + (f" --branch {branch}" if branch else "")
 
 
 class Pushes:
@@ -62,22 +62,29 @@ class Pushes:
                 if self._current is None:
                     self._thread = None
                     return
-            if self.push(self.place(self._current), self._current, self.place(self._current).name):
-                for path in self.folder.iterdir():
-                    if path.name <= self.place(self._current).name:
-                        shutil.rmtree(path, ignore_errors=True)
+            place = self.place(self._current)
+            if self.push(place, self._current, push_command(place, self.repo_id, place.name)):
+                shutil.rmtree(place, ignore_errors=True)
 
-    def push(self, folder: Path, step: int, tag: str) -> str | None:
-        """Upload now; the address, or `None` if it could not be done, which is told with the command for later."""
+    def push(self, folder: Path, step: int, later: str) -> str | None:
+        """Upload now; the address, or `None` if it could not be done, which is told with the command for `later`."""
         message = f"Step {step} of {self.total_steps}"
         try:
-            return push_folder(folder, self.repo_id, commit_message=message, tag=tag, tell=self.tell)
+            return push_folder(folder, self.repo_id, commit_message=message, tag=self.place(step).name, tell=self.tell)
         except Exception as error:  # whatever it is, training goes on
-            self.tell(
-                f"step {step}: the pipeline was not pushed: {error}\n  push it later with: "
-                f"{push_command(folder, self.repo_id, tag)}"
-            )
+            self.tell(f"step {step}: the pipeline was not pushed: {error}\n  push it later with: {later}")
             return None
+
+    def push_last(self, folder: Path, step: int) -> str | None:
+        """Wait for what is under way, then upload the finished pipeline; Ctrl-C leaves with the commands for later."""
+        later = push_command(folder, self.repo_id)
+        try:
+            self.wait()
+            return self.push(folder, step, later)
+        except KeyboardInterrupt:
+            self.abandon()
+            self.tell(f"step {step}: the finished pipeline is not pushed yet\n  push it later with: {later}")
+            raise
 
     def wait(self):
         """Until everything is uploaded, or has failed."""

@@ -95,7 +95,6 @@ class Trainer:
                 f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
                 "`--resume latest`."
             )
-        self.repo_id = self._prepare_repository()
         images, heldout_images = self._load_images()
         self.condition = load_condition(config.condition, images.class_names, self.device)
         self.can_guide = not self.condition.is_none and config.objective.class_dropout_prob > 0
@@ -109,6 +108,7 @@ class Trainer:
             return
 
         check_disk(self.output_dir, self._run_bytes())
+        self.repo_id = self._prepare_repository()
         self.data_sets = images, heldout_images
         self.step = 0
         self.fingerprints = self._fingerprints(images, heldout_images)
@@ -557,8 +557,7 @@ class Trainer:
         if not finished or self.unsaved:
             self.pushes.abandon()
             return
-        self.pushes.wait()
-        address = self.pushes.push(self.output_dir / "pipeline", self.step, self.pushes.place(self.step).name)
+        address = self.pushes.push_last(self.output_dir / "pipeline", self.step)
         if address:
             self.print(f"pushed      {address}")
 
