@@ -10,6 +10,12 @@ import math
 import torch
 
 
+# Side of the block of lowest frequencies whose means a spectrum keeps.
+MEAN_SIZE = 8
+# Of a ring, relative to the mean power of a coefficient.
+LEAST_POWER = 1e-6
+
+
 def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> torch.Tensor:
     """Orthonormal DCT-II matrix `C`, so that `C @ x` are the coefficients of `x` and `C.T @ C` is the identity.
 
@@ -99,6 +105,84 @@ def octave_bands(height: int, width: int, device: torch.device | str | None = No
     """
     limits = torch.tensor(octave_edges(height, width)[1:-1], dtype=torch.float32, device=device)
     return torch.bucketize(radial_frequency(height, width, device), limits, right=True)
+
+
+class SpectrumStatistics:
+    """Mean and power of every DCT coefficient of images (or latents) that come in batches.
+
+    Attributes:
+        count: number of images so far.
+        mean: `(C, H, W)` float64 on the CPU.
+        power: `(C, H, W)`, mean square of the deviation from `mean`. White noise of unit variance has power 1.
+    """
+
+    def __init__(self):
+        self.count = 0
+
+    def update(self, images: torch.Tensor):
+        """Take in a batch `(N, C, H, W)`, all batches of one `(C, H, W)`.
+
+        Raises:
+            ValueError: for a batch that is empty, of another shape than the first, or not finite.
+        """
+        if images.ndim != 4 or not len(images) or (self.count and images.shape[1:] != self.mean.shape):
+            expected = tuple(self.mean.shape) if self.count else "(C, H, W)"
+            raise ValueError(f"`images` has shape {tuple(images.shape)}; expected at least one image of {expected}.")
+        coefficients = dct2(images.detach().cpu().double())
+        if not coefficients.isfinite().all():
+            raise ValueError("`images` has values that are not finite: look for what made them, and leave them out.")
+        count, mean = len(images), coefficients.mean(0)
+        power = (coefficients - mean).square().mean(0)
+        if self.count:
+            # Means and squares of two sets in one (Chan et al. 1979); a sum of squares would cancel.
+            share = count / (self.count + count)
+            shift = mean - self.mean
+            mean = self.mean + share * shift
+            power = (1 - share) * self.power + share * power + share * (1 - share) * shift.square()
+        self.count, self.mean, self.power = self.count + count, mean, power
+
+    def spectrum(self) -> dict:
+        """What `SpectralEulerDiscreteScheduler` takes as `spectrum`: numbers and lists, ready for JSON.
+
+        Power by radial frequency ([`radial_power`]), and the means of the lowest `MEAN_SIZE` x `MEAN_SIZE`
+        coefficients divided by `sqrt(H * W)`, which makes entry (0, 0) the mean of the channel.
+
+        Raises:
+            ValueError: with fewer than two images, or if all are equal.
+        """
+        if self.count < 2 or not self.power.any():
+            raise ValueError(f"{self.count} images that do not differ have no spectrum: take in more of them.")
+        height, width = self.power.shape[-2:]
+        # What never varies, such as a black margin, still needs a clock.
+        power = radial_power(self.power).clamp(min=LEAST_POWER * self.power.mean().item())
+        mean = self.mean[:, :MEAN_SIZE, :MEAN_SIZE] / math.sqrt(height * width)
+        return {"height": height, "width": width, "power": _rounded(power), "mean": _rounded(mean)}
+
+
+def radial_power(power: torch.Tensor) -> torch.Tensor:
+    """Mean power of the DCT coefficients in each ring of radial frequency, in cycles per pixel.
+
+    Args:
+        power: `(C, H, W)`.
+
+    Returns:
+        `(C, rings)`: ring j has the indices (ky, kx) with `hypot(ky * L / H, kx * L / W)` nearest to j, where
+        L = max(H, W); they have about j / 2 cycles over the longer side. Ring 0 is the mean alone; none is empty.
+    """
+    height, width = power.shape[-2:]
+    longer = max(height, width)
+    rows = torch.arange(height, dtype=torch.float64) * (longer / height)
+    columns = torch.arange(width, dtype=torch.float64) * (longer / width)
+    ring = torch.hypot(rows[:, None], columns[None, :]).add(0.5).long().flatten()
+    totals = torch.zeros(len(power), int(ring.max()) + 1, dtype=power.dtype)
+    return totals.index_add(1, ring, power.flatten(1)) / ring.bincount()
+
+
+def _rounded(values: torch.Tensor) -> list:
+    """As nested lists of numbers with six digits."""
+    if values.ndim:
+        return [_rounded(part) for part in values]
+    return float(f"{values.item():.6g}")
 
 
 def _transform(x: torch.Tensor, inverse: bool) -> torch.Tensor:

@@ -1,9 +1,12 @@
+import json
 import math
 
 import pytest
 import torch
 
+from freqgate_dit.scheduling_spectral_euler import SpectralEulerDiscreteScheduler, spectral_mean, spectral_power
 from freqgate_dit.spectral import (
+    SpectrumStatistics,
     dct2,
     dct_matrix,
     idct2,
@@ -11,6 +14,7 @@ from freqgate_dit.spectral import (
     octave_edges,
     octave_labels,
     radial_frequency,
+    radial_power,
 )
 
 
@@ -97,3 +101,107 @@ def test_errors():
         dct2(torch.zeros(4))
     with pytest.raises(ValueError, match="int64"):
         idct2(torch.zeros(4, 4, dtype=torch.int64))
+
+
+def statistics_of(images, *sizes) -> SpectrumStatistics:
+    statistics = SpectrumStatistics()
+    for batch in images.split(list(sizes) or len(images)):
+        statistics.update(batch)
+    return statistics
+
+
+def test_statistics_are_those_of_all_images_in_any_batches():
+    # An offset of 1000 at a spread of 1: a sum of squares less the squared mean would lose digits.
+    images = torch.randn(20, 2, 5, 7, generator=torch.Generator().manual_seed(0)) + 1000
+    coefficients = dct2(images.double())
+    for sizes in ((20,), (1, 19), (7, 7, 6), (1,) * 20):
+        statistics = statistics_of(images, *sizes)
+        assert statistics.count == 20 and statistics.mean.dtype == torch.float64
+        torch.testing.assert_close(statistics.mean, coefficients.mean(0), rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(statistics.power, coefficients.var(0, unbiased=False), rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_take_any_type():
+    images = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = statistics_of(images.float())
+    assert torch.equal(statistics_of(images).power, expected.power)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (5, 12), (16, 3), (2, 31)])
+def test_rings_of_radial_power(size):
+    height, width = size
+    power = torch.rand(2, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rings = radial_power(power)
+    assert rings.shape[0] == 2 and rings.isfinite().all()
+    torch.testing.assert_close(rings[:, 0], power[:, 0, 0])
+    longer = max(size)
+    for ring in range(rings.shape[1]):
+        members = [
+            power[:, ky, kx]
+            for ky in range(height)
+            for kx in range(width)
+            if math.floor(math.hypot(ky * longer / height, kx * longer / width) + 0.5) == ring
+        ]
+        torch.testing.assert_close(rings[:, ring], torch.stack(members).mean(0))
+
+
+def test_spectrum_of_known_data():
+    # Independent coefficients of a power that falls with frequency, about a mean.
+    generator, size = torch.Generator().manual_seed(0), (12, 8)
+    truth = {
+        "height": 12,
+        "width": 8,
+        "power": [[9 / (1 + ring) ** 1.2 for ring in range(17)], [1.0] * 17],
+        "mean": [[[0.5, 0.1], [-0.2, 0.0]], [[-2.0, 0.0], [0.3, 0.0]]],
+    }
+    power, mean = spectral_power(truth, *size), spectral_mean(truth, *size)
+    images = idct2(mean + power.sqrt() * torch.randn(4000, 2, *size, dtype=torch.float64, generator=generator))
+    spectrum = statistics_of(images, 3000, 1000).spectrum()
+    assert (spectrum["height"], spectrum["width"]) == size
+    assert [len(row) for row in spectrum["power"]] == [len(radial_power(power)[0])] * 2
+    ratio = spectral_power(spectrum, *size) / power
+    assert (ratio.log().abs() < 0.12).all() and ratio.log().abs().mean() < 0.03
+    torch.testing.assert_close(spectral_mean(spectrum, *size), mean, rtol=0, atol=0.2)
+    assert spectrum["mean"][1][0][0] == pytest.approx(images[:, 1].mean().item(), rel=1e-5)
+    # Plain numbers, which JSON gives back as they are.
+    assert json.loads(json.dumps(spectrum)) == spectrum
+
+
+def test_white_noise_has_power_one():
+    images = torch.randn(2000, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    (power,) = statistics_of(images).spectrum()["power"]
+    assert power == pytest.approx([1.0] * len(power), rel=0.1)
+
+
+def test_what_never_varies_still_has_a_clock():
+    images = torch.randn(10, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[:, 1] = 0.5
+    spectrum = statistics_of(images).spectrum()
+    assert all(value > 0 for row in spectrum["power"] for value in row)
+    assert spectrum["mean"][1][0][0] == 0.5
+    scheduler = SpectralEulerDiscreteScheduler(spectrum=spectrum, prediction_type="sample", spectral_order=2)
+    scheduler.set_timesteps(3)
+    x, original = images[:2] * scheduler.init_noise_sigma, images[:1].repeat(2, 1, 1, 1)
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(original, t, x).prev_sample
+    torch.testing.assert_close(x[:, 1], original[:, 1], rtol=0, atol=1e-2)
+
+
+def test_statistics_that_are_refused():
+    statistics = SpectrumStatistics()
+    with pytest.raises(ValueError, match=r"`images` has shape \(3, 4, 4\)"):
+        statistics.update(torch.zeros(3, 4, 4))
+    with pytest.raises(ValueError, match=r"\(0, 3, 4, 4\)"):
+        statistics.update(torch.zeros(0, 3, 4, 4))
+    statistics.update(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 5\); expected at least one image of \(3, 4, 4\)"):
+        statistics.update(torch.zeros(2, 3, 4, 5))
+    with pytest.raises(ValueError, match="not finite"):
+        statistics.update(torch.full((1, 3, 4, 4), math.nan))
+    assert statistics.count == 1 and not statistics.mean.any()
+    with pytest.raises(ValueError, match="1 images that do not differ"):
+        statistics.spectrum()
+    statistics.update(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="2 images that do not differ"):
+        statistics.spectrum()

@@ -1,0 +1,404 @@
+# Copyright 2026 The freqgate_dit authors. Licensed under the Apache License, Version 2.0.
+"""`SpectralEulerDiscreteScheduler`: Euler steps that every spatial frequency takes in a clock of its own.
+
+In Euler's state x = x0 + sigma e, a DCT coefficient with mean M and power S over the training data has the clock
+phi(sigma) = arctan(sigma / sqrt(S)), from pi/2 (noise) to 0 (clean). With w = (x - M) / sqrt(S + sigma^2), which has
+unit variance at every frequency and noise level, the probability-flow ODE is dw/dphi = -F, where
+
+    F = (x0_hat - M - S / (S + sigma^2) (x - M)) sqrt(S + sigma^2) / (sigma sqrt(S))
+
+is what the network knows beyond the Gaussian: 0 for Gaussian data, which are hence sampled exactly in any number of
+steps. A step is w' = w + (phi - phi') F, and x' = M + sqrt(S + sigma'^2) w'. With one S for all frequencies it is the
+Euler step of TrigFlow (Lu and Song 2024, arXiv 2410.11081).
+
+The file is self-contained (torch, numpy, diffusers and the standard library only), because it travels with the model
+repositories that use it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers.schedulers import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Under these names, with an underscore before them, the arguments that only this class has stand in its config. Of a
+# public name another scheduler's `from_config` would warn, with all of its numbers; a private one it keeps in silence.
+OWN_ARGUMENTS = ("spectrum", "spectral_order", "use_spectral_sigmas", "temperature")
+# Trapezoids of the integral over a step of second order.
+TRAPEZOIDS = 8
+
+
+def spectral_power(spectrum: dict, height: int, width: int) -> torch.Tensor:
+    """Power of every DCT coefficient of images of a size, by the table of a spectrum.
+
+    A coefficient's power belongs to its frequency in cycles per **pixel**: an orthonormal DCT of a stationary field
+    has it at every size, so that a larger image shows more at the same scale. (Under the f^-2 law of natural images it
+    is also that of the same content in finer pixels.) Between rings log power is interpolated over log frequency. The
+    mean of an image counts as a quarter of a cycle per training image, an octave below the first ring; beyond its ends
+    the table is constant.
+
+    Args:
+        spectrum: see [`SpectralEulerDiscreteScheduler`].
+        height, width: of the image, in pixels (of the latents).
+
+    Returns:
+        `(C, height, width)` float64 on the CPU.
+    """
+    radius = _radius(spectrum, height, width).numpy()
+    log_power = np.log(np.array(spectrum["power"], dtype=np.float64))
+    rings = np.log([0.5, *range(1, log_power.shape[1])])
+    where = np.log(np.maximum(radius, 0.5))
+    return torch.from_numpy(np.exp([np.interp(where, rings, row) for row in log_power]))
+
+
+def spectral_mean(spectrum: dict, height: int, width: int) -> torch.Tensor:
+    """Mean of every DCT coefficient of images of a size: that of the training data, stretched to the frame.
+
+    Args and returns are those of `spectral_power`. Coefficients above the stored block have mean 0.
+    """
+    block = torch.tensor(spectrum["mean"], dtype=torch.float64)[:, :height, :width]
+    mean = torch.zeros(len(block), height, width, dtype=torch.float64)
+    mean[:, : block.shape[1], : block.shape[2]] = block * math.sqrt(height * width)
+    return mean
+
+
+class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
+    r"""
+    Euler's method in the clock of each spatial frequency. Takes the place of `EulerDiscreteScheduler`: the same config
+    and one argument more, the spectrum of the training data.
+
+    `from_config` works both ways with diffusers' other schedulers, which keep the spectrum in their config (under
+    private names, `_spectrum` and so on), though they have no use for it.
+
+    Parameters:
+        spectrum (`dict`): of the training data, as `freqgate_dit.spectral.SpectrumStatistics.spectrum()` makes it:
+
+            - "height", "width": size of the training data (of the latents, for a latent model).
+            - "power": a list per channel. Entry j is the mean power (variance) of the orthonormal DCT-II coefficients
+              at j half-cycles over the longer side, rounded; entry 0 is that of the image's mean.
+            - "mean": `(C, K, K)` as nested lists: means of the coefficients of lowest frequency, divided by
+              `sqrt(height * width)`, so that entry (0, 0) is the mean of the channel.
+
+        spectral_order (`int`, defaults to 1): 2 extrapolates F from the step before, linearly in the arc length of
+            `use_spectral_sigmas`; one network evaluation per step as well.
+        use_spectral_sigmas (`bool`, defaults to `False`): noise levels at equal steps of the arc length
+            u(sigma) = integral of sqrt(mean over frequencies of (dphi / dsigma)^2), instead of `timestep_spacing`.
+        temperature (`float` or list, defaults to 1): factor on the variance of the result about the data's mean; a
+            list has an entry per octave of frequency, from the lowest (below 1 cycle per image, 1 to 2, 2 to 4, ...),
+            the last one for all above. Exact for Gaussian data.
+        **: the others are those of `EulerDiscreteScheduler`.
+
+    Raises:
+        ValueError: without a spectrum, or with one that is not as above.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        prediction_type: str = "epsilon",
+        interpolation_type: str = "linear",
+        use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        timestep_spacing: str = "linspace",
+        timestep_type: str = "discrete",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        final_sigmas_type: str = "zero",
+        spectrum: dict | None = None,
+        spectral_order: int = 1,
+        use_spectral_sigmas: bool = False,
+        temperature: float | Sequence[float] = 1.0,
+    ):
+        _check_spectrum(spectrum)
+        if spectral_order not in (1, 2):
+            raise ValueError(f"`spectral_order` ({spectral_order}) must be 1 or 2.")
+        if use_spectral_sigmas and (use_karras_sigmas or use_exponential_sigmas or use_beta_sigmas):
+            raise ValueError(
+                "`use_spectral_sigmas` cannot be combined with `use_karras_sigmas`, `use_exponential_sigmas` or "
+                "`use_beta_sigmas`: choose one."
+            )
+        if not all(value > 0 for value in _as_list(temperature)) or not _as_list(temperature):
+            raise ValueError(f"`temperature` ({temperature}) must be positive, for each octave.")
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            prediction_type=prediction_type,
+            interpolation_type=interpolation_type,
+            use_karras_sigmas=use_karras_sigmas,
+            use_exponential_sigmas=use_exponential_sigmas,
+            use_beta_sigmas=use_beta_sigmas,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            timestep_spacing=timestep_spacing,
+            timestep_type=timestep_type,
+            steps_offset=steps_offset,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+            final_sigmas_type=final_sigmas_type,
+        )
+        own = {
+            "spectrum": spectrum,
+            "spectral_order": spectral_order,
+            "use_spectral_sigmas": use_spectral_sigmas,
+            "temperature": temperature,
+        }
+        self.register_to_config(**{f"_{name}": own[name] for name in OWN_ARGUMENTS})
+        self._least_sigma = self.sigmas[-2].item()
+        self._arc = _arc_length(spectrum, self._least_sigma)
+        self._frequencies: dict[tuple[int, int], _Frequencies] = {}
+        self._previous = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Of diffusers: the arguments of `__init__` among those of a config."""
+        config_dict = dict(config_dict)
+        own = {name: config_dict.pop(f"_{name}") for name in OWN_ARGUMENTS if f"_{name}" in config_dict}
+        return super().extract_init_dict(config_dict, **{**own, **kwargs})
+
+    # -- noise levels -----------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ):
+        """Noise levels and timesteps of a run; arguments are those of `EulerDiscreteScheduler.set_timesteps`."""
+        self._previous = None
+        if (
+            self.config._use_spectral_sigmas
+            and num_inference_steps is not None
+            and timesteps is None
+            and sigmas is None
+        ):
+            num_inference_steps, sigmas = None, self._spectral_sigmas(num_inference_steps)
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+
+    def _spectral_sigmas(self, steps: int) -> list[float]:
+        greatest = self.config.sigma_max or ((1 - self.alphas_cumprod[-1]) / self.alphas_cumprod[-1]).sqrt().item()
+        end = self._least_sigma if self.config.final_sigmas_type == "sigma_min" else 0.0
+        start, stop = self._arc_of(greatest), self._arc_of(end)
+        # The network is not asked about less noise than it has seen.
+        last = max(stop + (start - stop) / steps, self._arc_of(self.config.sigma_min or self._least_sigma))
+        return [*self._sigma_at(np.linspace(start, last, steps)).tolist(), end]
+
+    def _arc_of(self, sigma: float) -> float:
+        return float(np.interp(sigma, *self._arc))
+
+    def _sigma_at(self, arc: np.ndarray) -> np.ndarray:
+        sigmas, arcs = self._arc
+        return np.interp(arc, arcs, sigmas)
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> EulerDiscreteSchedulerOutput | tuple:
+        """
+        One step to the next noise level.
+
+        Args:
+            model_output: `(B, C, H, W)`, the network's prediction.
+            timestep: one of `timesteps`.
+            sample: `(B, C, H, W)`, the state. It is computed in float32, or in float64 if it is float64.
+            s_churn, s_tmin, s_tmax, s_noise: of Euler's stochastic steps, which there are none of here.
+            generator: not used, for nothing is random.
+            return_dict: an output object instead of a tuple.
+
+        Returns:
+            `prev_sample`, of the type of `sample`, and `pred_original_sample`, of the type of the computation.
+
+        Raises:
+            ValueError: for an index in place of a timestep, churn, or another number of channels than the spectrum's.
+        """
+        if (s_churn, s_tmin, s_tmax, s_noise) != (0, 0, math.inf, 1):
+            raise ValueError(
+                f"`s_churn` ({s_churn}), `s_tmin` ({s_tmin}), `s_tmax` ({s_tmax}) and `s_noise` ({s_noise}) add noise "
+                "to steps, which this scheduler does not: leave them out, or use `EulerDiscreteScheduler`."
+            )
+        if isinstance(timestep, int) or (torch.is_tensor(timestep) and not timestep.is_floating_point()):
+            raise ValueError(f"`timestep` ({timestep}) is an integer: pass one of `scheduler.timesteps`.")
+        channels = len(self.config._spectrum["power"])
+        if sample.ndim < 3 or sample.shape[-3] != channels:
+            raise ValueError(
+                f"`sample` has shape {tuple(sample.shape)}, but the spectrum of this scheduler has {channels} "
+                "channels: expected (batch, channels, height, width)."
+            )
+        if not self.is_scale_input_called:
+            logger.warning("`scale_model_input` should be called before `step`, or the model sees the wrong scale.")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+
+        sigma, next_sigma = self.sigmas[self.step_index : self.step_index + 2].tolist()
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        # float16 and bfloat16 would bury the weak frequencies in the rounding of the strong ones.
+        with torch.autocast(sample.device.type, enabled=False):
+            state = sample.to(dtype)
+            pred_original_sample = self._predict_original(model_output.to(dtype), state, sigma)
+            prev_sample = self._turn_clocks(state, pred_original_sample, sigma, next_sigma).to(sample.dtype)
+        self._step_index += 1
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return EulerDiscreteSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def _predict_original(self, model_output: torch.Tensor, state: torch.Tensor, sigma: float) -> torch.Tensor:
+        prediction_type = self.config.prediction_type
+        if prediction_type in ("sample", "original_sample"):
+            return model_output
+        if prediction_type == "epsilon":
+            return state - sigma * model_output
+        if prediction_type == "v_prediction":
+            return state / (sigma**2 + 1) - model_output * (sigma / math.sqrt(sigma**2 + 1))
+        raise ValueError(f"`prediction_type` ({prediction_type!r}) must be 'epsilon', 'v_prediction' or 'sample'.")
+
+    def _turn_clocks(
+        self, state: torch.Tensor, original: torch.Tensor, sigma: float, next_sigma: float
+    ) -> torch.Tensor:
+        """The next state, from state and predicted original, in the notation of the head of this file."""
+        size = tuple(state.shape[-2:])
+        if size not in self._frequencies:
+            self._frequencies[size] = _Frequencies(self.config._spectrum, *size)
+        frequencies = self._frequencies[size]
+
+        def like(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(state)
+
+        mean, power, root = like(frequencies.mean), frequencies.power, frequencies.root
+        spread = torch.hypot(root, torch.tensor(sigma, dtype=root.dtype))
+        rows, columns = like(frequencies.rows), like(frequencies.columns)
+        deviation, predicted = rows @ torch.stack([state, original]) @ columns.T - mean
+        w = deviation * like(1 / spread)
+        velocity = (predicted - like(power / spread**2) * deviation) * like(spread / (sigma * root))
+
+        w = w + like(frequencies.angle(sigma, next_sigma)) * velocity
+        if self.config._spectral_order == 2:
+            ahead = self._extrapolation(frequencies, sigma, next_sigma)
+            if ahead is not None:
+                w = w + like(ahead) * (velocity - self._previous[1])
+            self._previous = (self.step_index, velocity)
+
+        spread = torch.hypot(root, torch.tensor(next_sigma, dtype=root.dtype))
+        if self.step_index + 2 == len(self.sigmas):
+            spread = spread * frequencies.octave_scale(self.config._temperature)
+            self._previous = None
+        return rows.T @ (mean + like(spread) * w) @ columns
+
+    def _extrapolation(self, frequencies: "_Frequencies", sigma: float, next_sigma: float) -> torch.Tensor | None:
+        """Weight of F's change since the last step: integral over this step of (u - u_n) / max(du_(n-1), du_n) dphi.
+
+        Where more arc length passes than in the step before, as on grids that are not uniform in it, F is so
+        extrapolated no further than it changed. `None` in a first step, which there is nothing to extrapolate from.
+        """
+        if self._previous is None or self._previous[0] != self.step_index - 1:
+            return None
+        before, here, there = map(self._arc_of, (self.sigmas[self.step_index - 1].item(), sigma, next_sigma))
+        arcs = np.linspace(here, there, TRAPEZOIDS + 1)
+        sigmas = [sigma, *self._sigma_at(arcs[1:-1]).tolist(), next_sigma]
+        covered = (here - (arcs[:-1] + arcs[1:]) / 2) / max(before - here, here - there)
+        return sum(
+            share * frequencies.angle(start, stop)
+            for share, start, stop in zip(covered.tolist(), sigmas[:-1], sigmas[1:], strict=True)
+        )
+
+
+class _Frequencies:
+    """What a step needs of the frequencies of an image size, in float64 on the CPU."""
+
+    def __init__(self, spectrum: dict, height: int, width: int):
+        self.power = spectral_power(spectrum, height, width)
+        self.root = self.power.sqrt()
+        self.mean = spectral_mean(spectrum, height, width)
+        self.rows, self.columns = _dct_matrix(height), _dct_matrix(width)
+
+    def angle(self, sigma: float, next_sigma: float) -> torch.Tensor:
+        """phi(sigma) - phi(next_sigma) of every coefficient, without the cancellation of two arcs near pi/2."""
+        return torch.atan2(self.root * (sigma - next_sigma), self.power + sigma * next_sigma)
+
+    def octave_scale(self, temperature: float | Sequence[float]) -> torch.Tensor:
+        """Square root of the temperature of every coefficient's octave, `(height, width)`."""
+        temperatures = torch.tensor(_as_list(temperature), dtype=torch.float64)
+        height, width = self.power.shape[-2:]
+        cycles = torch.hypot(torch.arange(height)[:, None] / 2.0, torch.arange(width)[None, :] / 2.0)
+        octaves = (cycles.clamp(min=0.5).log2().floor().long() + 1).clamp(max=len(temperatures) - 1)
+        return temperatures[octaves].sqrt()
+
+
+def _dct_matrix(n: int) -> torch.Tensor:
+    """Orthonormal DCT-II, float64: row k is the basis function of k half-cycles."""
+    index = torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * index[:, None] * (index[None, :] + 0.5)) * math.sqrt(2.0 / n)
+    matrix[0] *= math.sqrt(0.5)
+    return matrix
+
+
+def _radius(spectrum: dict, height: int, width: int) -> torch.Tensor:
+    """Frequency of every DCT index in half-cycles per longer side of the training data, `(height, width)`."""
+    side = max(spectrum["height"], spectrum["width"])
+    rows = torch.arange(height, dtype=torch.float64) * (side / height)
+    columns = torch.arange(width, dtype=torch.float64) * (side / width)
+    return torch.hypot(rows[:, None], columns[None, :])
+
+
+def _arc_length(spectrum: dict, least_sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels, ascending from 0, and the arc length of each.
+
+    Frequencies that are weaker than the least noise of training count as if they were of its strength: what comes
+    before is over before the network sees anything.
+    """
+    size = spectrum["height"], spectrum["width"]
+    power = np.maximum(spectral_power(spectrum, *size).numpy(), least_sigma**2).ravel()
+    # Coefficients whose powers differ by less than a per cent are counted together.
+    log_power, counts = np.unique(np.log(power).round(2), return_counts=True)
+    power = np.exp(log_power)
+    sigmas = np.concatenate([[0], np.geomspace(0.01 * power.min() ** 0.5, 1e6 * power.max() ** 0.5, 3000)])
+    speeds = [np.sqrt(np.average(power / (power + sigma**2) ** 2, weights=counts)) for sigma in sigmas]
+    steps = (np.array(speeds)[1:] + speeds[:-1]) / 2 * np.diff(sigmas)
+    return sigmas, np.concatenate([[0], np.cumsum(steps)])
+
+
+def _as_list(value: float | Sequence[float]) -> list[float]:
+    return [value] if isinstance(value, (int, float)) else list(value)
+
+
+def _check_spectrum(spectrum: dict | None):
+    if spectrum is None:
+        raise ValueError(
+            "`spectrum` is missing: pass `spectrum=statistics.spectrum()`, made by "
+            "`freqgate_dit.spectral.SpectrumStatistics` from the training data, or start from the config of a "
+            "scheduler that was saved with it. Without one, use `EulerDiscreteScheduler`."
+        )
+    missing = [name for name in ("height", "width", "power", "mean") if name not in spectrum]
+    if missing:
+        raise ValueError(f"`spectrum` lacks {missing}: it has {list(spectrum)}.")
+    power = spectrum["power"]
+    if not power or not power[0] or any(len(row) != len(power[0]) for row in power):
+        raise ValueError(f"`spectrum` must have a list of power of one length for each channel; it has {power}.")
+    if not all(0 < value < math.inf for row in power for value in row):
+        raise ValueError(f"`spectrum` has power that is not positive: {power}. Give every frequency some power.")
+    if len(spectrum["mean"]) != len(power):
+        raise ValueError(f"`spectrum` has power of {len(power)} channels, but the mean of {len(spectrum['mean'])}.")
