@@ -21,8 +21,11 @@ _MODULES = {
     "FreqGateDiTPipeline": "pipelines.pipeline_freqgate_dit",
     "FreqGateDiTTransformer2DModel": "transformer_freqgate_dit",
     "InContextDiTTransformer2DModel": "transformer_freqgate_dit",
+    "SAMPLERS": "samplers",
     "ShapesTextures": "shapes_textures",
+    "SpectralEulerDiscreteScheduler": "scheduling_spectral_euler",
     "__version__": "pipelines.pipeline_freqgate_dit",
+    "make_sampler": "samplers",
 }
 __all__ = list(_MODULES)
 

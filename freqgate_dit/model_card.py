@@ -217,7 +217,8 @@ class _Card:
     # -- tables -------------------------------------------------------------------------------------------------------
 
     def model_rows(self) -> list[tuple[str, str]]:
-        summary, config, scheduler = self.summary, self.summary.config, self.summary.scheduler
+        summary, config = self.summary, self.summary.config
+        sampler, _, how = summary.sampler.partition(", ")
         dropped = summary.class_dropout_prob
         dropout = f", dropped in {100 * dropped:g} % of training" if dropped and summary.is_conditional else ""
         rows = [
@@ -231,7 +232,7 @@ class _Card:
             ("Condition", summary.condition + dropout),
             ("Text encoder", code(summary.text_encoder) if summary.text_encoder else ""),
             ("Prediction", f"`{summary.prediction_type}`; {summary.noise_schedule}"),
-            ("Scheduler", f"{code(scheduler['_class_name'])}, {scheduler['timestep_spacing']} spacing"),
+            ("Sampler", f"{code(sampler)}, {escape(how)}" if how else code(sampler)),
             ("Weights", " and ".join(summary.dtypes)),
             ("Saved by", f"freqgate_dit {summary.version}" if summary.version else ""),
         ]

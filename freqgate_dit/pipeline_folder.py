@@ -15,7 +15,10 @@ from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, __
 
 INDEX = "model_index.json"
 # File of a repository, without .py -> where its classes are in this package.
-PACKAGE_MODULES = {"transformer_freqgate_dit": "freqgate_dit.transformer_freqgate_dit"}
+PACKAGE_MODULES = {
+    "scheduling_spectral_euler": "freqgate_dit.scheduling_spectral_euler",
+    "transformer_freqgate_dit": "freqgate_dit.transformer_freqgate_dit",
+}
 # What a folder of weights is loaded with, besides the weights. Code is not among it.
 SMALL_FILES = (".json", ".txt", ".model")
 WEIGHTS = (".safetensors", ".bin")
@@ -110,9 +113,11 @@ def check_folder(
     for name, (library, class_name) in component_classes(index).items():
         if name not in without:
             refuse_incomplete(folder, name, variant)
-        config_file = folder / name / "config.json"
-        if library in PACKAGE_MODULES and config_file.is_file():
-            _refuse_unknown_options(index, folder, _package_class(library, class_name), read_json(config_file))
+        if library in PACKAGE_MODULES:
+            cls = _package_class(library, class_name)
+            config_file = folder / name / cls.config_name
+            if config_file.is_file():
+                _refuse_unknown_options(index, folder, cls, read_json(config_file))
 
 
 def refuse_incomplete(folder: Path, component: str, variant: str | None = None, any_variant: bool = False):

@@ -89,6 +89,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             `use_spectral_sigmas`; one network evaluation per step as well.
         use_spectral_sigmas (`bool`, defaults to `False`): noise levels at equal steps of the arc length
             u(sigma) = integral of sqrt(mean over frequencies of (dphi / dsigma)^2), instead of `timestep_spacing`.
+            The mean is weighted by S: an error of w is one of the image times sqrt(S).
         temperature (`float` or list, defaults to 1): factor on the variance of the result about the data's mean; a
             list has an entry per octave of frequency, from the lowest (below 1 cycle per image, 1 to 2, 2 to 4, ...),
             the last one for all above. Exact for Gaussian data.
@@ -376,8 +377,9 @@ def _arc_length(spectrum: dict, least_sigma: float) -> tuple[np.ndarray, np.ndar
     log_power, counts = np.unique(np.log(power).round(2), return_counts=True)
     power = np.exp(log_power)
     sigmas = np.concatenate([[0], np.geomspace(0.01 * power.min() ** 0.5, 1e6 * power.max() ** 0.5, 3000)])
-    speeds = [np.sqrt(np.average(power / (power + sigma**2) ** 2, weights=counts)) for sigma in sigmas]
-    steps = (np.array(speeds)[1:] + speeds[:-1]) / 2 * np.diff(sigmas)
+    # dphi / dsigma = -sqrt(S) / (S + sigma^2)
+    speeds = np.sqrt([np.average(power / (power + sigma**2) ** 2, weights=counts * power) for sigma in sigmas])
+    steps = (speeds[1:] + speeds[:-1]) / 2 * np.diff(sigmas)
     return sigmas, np.concatenate([[0], np.cumsum(steps)])
 
 

@@ -141,6 +141,12 @@ class SpectrumStatistics:
             power = (1 - share) * self.power + share * power + share * (1 - share) * shift.square()
         self.count, self.mean, self.power = self.count + count, mean, power
 
+    @property
+    def std(self) -> float:
+        """Standard deviation of all values of all images."""
+        offset = self.mean[:, 0, 0].mean() / math.sqrt(self.mean[0].numel())
+        return math.sqrt(max(0.0, (self.power + self.mean.square()).mean().item() - offset.item() ** 2))
+
     def spectrum(self) -> dict:
         """What `SpectralEulerDiscreteScheduler` takes as `spectrum`: numbers and lists, ready for JSON.
 

@@ -17,6 +17,7 @@ from freqgate_dit.cost import flops_per_forward
 from freqgate_dit.evaluations import Evaluation
 from freqgate_dit.files import read_json
 from freqgate_dit.pipeline_folder import INDEX, refuse_other_pipeline, refuse_without_index
+from freqgate_dit.samplers import describe_sampler
 from freqgate_dit.transformer_freqgate_dit import VARIANTS
 
 
@@ -149,13 +150,18 @@ class PipelineSummary:
         )
 
     @property
+    def sampler(self) -> str:
+        """The scheduler in words."""
+        return describe_sampler(self.scheduler["_class_name"], self.scheduler)
+
+    @property
     def pictures(self) -> list[str]:
         """Paths of the pictures in `figures/`."""
         return [path for path in self.files if path.startswith("figures/") and path.lower().endswith(PICTURES)]
 
     def describe(self) -> str:
         """The summary as lines of text."""
-        config, scheduler = self.config, self.scheduler
+        config = self.config
         names = list(self.id2label.values())
         listed = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
         rows = [
@@ -177,7 +183,7 @@ class PipelineSummary:
             ("condition", f"{self.condition}{listed}"),
             *([("", self._dropout())] if self.is_conditional else []),
             *([("text encoder", self.text_encoder)] if self.text_encoder else []),
-            ("scheduler", f"{scheduler['_class_name']}, {scheduler['timestep_spacing']} spacing"),
+            ("sampler", self.sampler),
             ("", f"{self.prediction_type}, {self.noise_schedule}"),
             *self._describe_training(),
             *self._describe_evaluations(),

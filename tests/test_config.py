@@ -201,7 +201,7 @@ def test_length_is_given_once(flags):
         ("beta_schedule", "sigmoid"),
         ("num_train_timesteps", 0),
         ("class_dropout_prob", 1.0),
-        ("timestep_spacing", "even"),
+        ("sampler", "even"),
         ("num_previews", 0),
         ("lr_schedule", "step"),
         ("mixed_precision", "fp16"),

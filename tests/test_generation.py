@@ -17,14 +17,15 @@ from components import (
 )
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from freqgate_dit.scheduling_spectral_euler import SpectralEulerDiscreteScheduler
 from freqgate_dit.training.generation import (
     UNCONDITIONAL,
     Classes,
     Sampler,
     choose_classes,
+    choose_scheduler,
     class_sequence,
     default_guidance,
-    find_scheduler,
     generate,
     load_model,
     to_uint8,
@@ -227,12 +228,35 @@ def test_another_scheduler_keeps_the_noise_schedule(folder):
     protocol = sampler_of(model).protocol()
     assert protocol["scheduler"] == "DPMSolverMultistepScheduler"
     assert protocol["scheduler_config"]["beta_end"] == 0.02 and protocol["scheduler_config"]["solver_order"] == 2
-    assert find_scheduler("DDIMScheduler") is DDIMScheduler
+    config = model.pipe.scheduler.config
+    assert isinstance(choose_scheduler("DDIMScheduler", config), DDIMScheduler)
     for name in ("EulerDiscretScheduler", "UNet2DModel", "load_model"):
-        with pytest.raises(ValueError, match=rf"`scheduler` \({name}\) must be a scheduler class"):
-            find_scheduler(name)
+        with pytest.raises(ValueError, match=rf"`sampler` \({name}\) must be one of spectral, .*scheduler class"):
+            choose_scheduler(name, config)
     with pytest.raises(ValueError, match="did you mean EulerDiscreteScheduler"):
-        find_scheduler("EulerDiscretScheduler")
+        choose_scheduler("EulerDiscretScheduler", config)
+
+
+def test_a_sampler_by_name(folder):
+    protocol = sampler_of(load_model(str(folder), "dpm", "float32", CPU)).protocol()
+    assert protocol["sampler"] == "DPMSolverMultistepScheduler, Lu's noise levels"
+    assert protocol["scheduler_config"]["use_lu_lambdas"] is True and protocol["scheduler_config"]["beta_end"] == 0.02
+    with pytest.raises(ValueError, match="`spectrum` is missing"):
+        load_model(str(folder), "spectral", "float32", CPU)
+
+
+def test_the_protocol_tells_spectra_and_orders_apart(folder):
+    model = load_model(str(folder), None, "float32", CPU)
+    seen = set()
+    for power, order in ((1.0, 1), (1.0, 2), (2.0, 1)):
+        spectrum = {"height": 8, "width": 8, "power": [[power]] * 3, "mean": [[[0.0]]] * 3}
+        model.pipe.scheduler = SpectralEulerDiscreteScheduler.from_config(
+            model.pipe.scheduler.config, spectrum=spectrum, spectral_order=order
+        )
+        config = sampler_of(model).protocol()["scheduler_config"]
+        assert config["spectral_order"] == order and len(config["spectrum"]) == 64
+        seen.add(json.dumps(config))
+    assert len(seen) == 3
 
 
 def test_a_pipeline_that_makes_no_rgb_images_is_refused(tmp_path):

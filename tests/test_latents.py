@@ -21,7 +21,7 @@ from freqgate_dit.training.latents import (
     LatentCache,
     MappedRows,
     data_bytes,
-    latent_statistics,
+    data_statistics,
     load_or_encode,
     scale_warning,
 )
@@ -352,20 +352,25 @@ def test_data_bytes_are_those_of_the_data(photos, tmp_path, make_vae, flip):
 # Statistics
 
 
-def test_statistics_of_latents_include_the_posterior():
+def test_statistics_of_the_data_are_those_of_what_training_draws():
     scale, shift = torch.tensor([1.0, 3.0]).view(2, 1, 1), torch.tensor([0.5, -1.0]).view(2, 1, 1)
     mean = torch.randn(2000, 2, 2, 8, 8) * scale + shift
-    mean[:, 1] = 1e6  # the mirrored view is not looked at
-    std = torch.full_like(mean, 2.0)
-    without, within = latent_statistics(CachedLatents(mean)), latent_statistics(CachedLatents(mean, std))
-    assert without.channel_mean == pytest.approx([0.5, -1.0], abs=0.05)
-    assert without.channel_std == pytest.approx([1.0, 3.0], rel=0.02)
-    assert within.channel_std == pytest.approx([5**0.5, 13**0.5], rel=0.02)
-    assert without.mean == pytest.approx(mean[:, 0].mean().item(), abs=1e-5)
-    assert without.std == pytest.approx(mean[:, 0].std(correction=0).item(), rel=1e-5)
-    assert latent_statistics(CachedLatents(mean, std)) == within
-    few = latent_statistics(CachedLatents(mean), num_samples=100)
-    assert few.std == pytest.approx(without.std, rel=0.05) and few != without
+    mean[:, 1] = mean[:, 0] + 4  # the mirrored view, as half of what is drawn
+    without = data_statistics(CachedLatents(mean))
+    within = data_statistics(CachedLatents(mean, torch.full_like(mean, 2.0)))
+    # White noise: the same power at every frequency, but for the view, which only moves the mean.
+    assert without.mean[:, 0, 0].div(8).tolist() == pytest.approx([2.5, 1.0], abs=0.3)
+    for statistics, power in ((without, [1, 9]), (within, [5, 13])):
+        assert statistics.count == 2000
+        powers = statistics.power.flatten(1)
+        assert powers[:, 1:].mean(1).tolist() == pytest.approx(power, rel=0.02)
+        assert powers[:, 0].tolist() == pytest.approx([value + 8**2 * 4 for value in power], rel=0.1)
+    assert torch.equal(data_statistics(CachedLatents(mean)).power, without.power)
+    few = data_statistics(CachedLatents(mean), num_samples=100)
+    assert few.count == 100 and few.std == pytest.approx(without.std, rel=0.05) and few.std != without.std
+    pixels = torch.randint(0, 256, (300, 1, 3, 4, 4), dtype=torch.uint8)
+    expected = (pixels.double() / 127.5 - 1).std(correction=0).item()
+    assert data_statistics(CachedLatents(pixels, mirror=True)).std == pytest.approx(expected, rel=1e-6)
 
 
 def test_scale_warning_outside_half_to_two():

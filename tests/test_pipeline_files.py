@@ -91,7 +91,14 @@ def test_a_fresh_process_loads_and_prints_nothing_strange(tmp_path):
     assert lines == [] and done.stdout == ""
 
 
-@pytest.mark.parametrize("file", ["pipelines/pipeline_freqgate_dit.py", "freqgate_dit/transformer_freqgate_dit.py"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "pipelines/pipeline_freqgate_dit.py",
+        "freqgate_dit/transformer_freqgate_dit.py",
+        "freqgate_dit/scheduling_spectral_euler.py",
+    ],
+)
 def test_shipped_files_stand_alone(file):
     allowed = {*sys.stdlib_module_names, "torch", "diffusers", "transformers", "huggingface_hub", "numpy", "PIL"}
     imported = set()

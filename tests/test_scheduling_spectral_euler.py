@@ -282,8 +282,8 @@ def test_the_steps_of_the_grid_have_equal_arc_length():
     root = spectral_power(SPECTRUM, 8, 12).sqrt().flatten()
     lengths = []
     for start, stop in zip(scheduler.sigmas[:-1].tolist(), scheduler.sigmas[1:].tolist(), strict=True):
-        # Of the curve of all angles, by its chords.
-        curve = torch.atan(torch.linspace(start, stop, 20001, dtype=torch.float64)[:, None] / root)
+        # Of the curve of all angles in units of the image, by its chords.
+        curve = root * torch.atan(torch.linspace(start, stop, 20001, dtype=torch.float64)[:, None] / root)
         lengths.append(curve.diff(dim=0).square().mean(1).sqrt().sum().item())
     assert max(lengths) < 1.01 * min(lengths)
 

@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import ROOT, TINY, metrics, photos, refusal, reset_accelerate, run, state, train
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.shapes_textures import ShapesTextures
 from freqgate_dit.training.config import parse_config
-from freqgate_dit.training.schedules import make_schedulers
+from freqgate_dit.training.schedules import make_sampling_scheduler, make_scheduler
 from freqgate_dit.training.train import Trainer, main
 from freqgate_dit.transformer_freqgate_dit import DiTAttnProcessor, DiTMatmulAttnProcessor
 
@@ -386,10 +387,13 @@ def test_training_and_sampling_share_their_betas(prediction_type, beta_schedule)
     objective = parse_config(
         ["--max_steps=1", f"--prediction_type={prediction_type}", f"--beta_schedule={beta_schedule}"]
     ).objective
-    training, sampling = make_schedulers(objective, "linspace")
-    assert torch.equal(training.betas, sampling.betas)
-    assert training.config.prediction_type == sampling.config.prediction_type == prediction_type
-    assert sampling.config.timestep_spacing == "linspace"
+    training = make_scheduler(objective)
+    spectrum = {"height": 4, "width": 4, "power": [[1.0, 0.5]], "mean": [[[0.0]]]}
+    for name in SAMPLERS:
+        sampling = make_sampling_scheduler(name, training, spectrum)
+        assert torch.equal(training.betas, sampling.betas)
+        assert training.config.prediction_type == sampling.config.prediction_type == prediction_type
+        assert sampling.config._spectrum == spectrum
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------

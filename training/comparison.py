@@ -64,7 +64,7 @@ class Comparison:
         self.model = self.folder = None
         with accelerator.local_main_process_first():  # it downloads, and reads every image
             if given.pipeline:
-                self.model = load_model(given.pipeline, given.scheduler, given.dtype, self.device)
+                self.model = load_model(given.pipeline, given.sampler, given.dtype, self.device)
             else:
                 self.folder = _read_folder(given)
             self.extractor = load_extractor(

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
+from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.data import DataConfig
 from freqgate_dit.training.ema import EMAProfile
 from freqgate_dit.transformer_freqgate_dit import ACTIVATIONS, VARIANTS
@@ -151,13 +152,13 @@ class ObjectiveConfig:
 class SamplingConfig:
     _argument_group_name = "sampling (previews, and the scheduler saved with the pipeline)"
 
-    timestep_spacing: str = knob("trailing", "Grid of the Euler scheduler: trailing, linspace or leading.")
-    num_inference_steps: int = knob(20, "Euler steps of previews.")
+    sampler: str = knob("euler", f"{'; '.join(f'{name}: {sampler.help}' for name, sampler in SAMPLERS.items())}.")
+    num_inference_steps: int = knob(20, "Steps of previews.")
     guidance_scale: float = knob(2.5, "Guidance of previews; 1 where the model has no null condition.")
     num_previews: int = knob(16, "Images of a preview grid.")
 
     def __post_init__(self):
-        check_choice("timestep_spacing", self.timestep_spacing, ("trailing", "linspace", "leading"))
+        check_choice("sampler", self.sampler, SAMPLERS)
         check_range(self, "num_inference_steps", "num_previews", least=1)
 
 

@@ -26,6 +26,7 @@ from freqgate_dit.analysis import gate_table
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.evaluations import Evaluation, add_evaluation
 from freqgate_dit.model_card import write_card
+from freqgate_dit.samplers import describe_sampler
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.training.config import load_yaml
 from freqgate_dit.training.factor_classifier import factor_accuracy, train_factor_classifier
@@ -170,8 +171,7 @@ def main():
     settings = {
         "images": len(labels),
         "steps": STEPS,
-        "scheduler": type(pipe.scheduler).__name__,
-        "timestep_spacing": pipe.scheduler.config.timestep_spacing,
+        "sampler": describe_sampler(type(pipe.scheduler).__name__, pipe.scheduler.config),
         "dtype": str(dtype).removeprefix("torch."),
     }
     (out / "accuracy.json").write_text(json.dumps({"accuracy": accuracy, "settings": settings}, indent=2) + "\n")

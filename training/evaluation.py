@@ -38,6 +38,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit.devices import DTYPES
 from freqgate_dit.features import CACHE_DIR
+from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.comparison import SWEPT, Comparison
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.launching import PATIENCE
@@ -51,7 +52,7 @@ DEFAULTS = {"num_images": 5100, "class_mix": "reference", "seed": 0, "steps": 20
 OF_PIPELINE = (
     *DEFAULTS,
     "guidance_scale",
-    "scheduler",
+    "sampler",
     "prompt_template",
     "sweep",
     "update_card",
@@ -108,7 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance_scale", type=float, help="1 for none (default: the pipeline's, 2.5 where guidance was trained)"
     )
     sampling.add_argument(
-        "--scheduler", help="scheduler class, such as DPMSolverMultistepScheduler, instead of the pipeline's"
+        "--sampler",
+        help=f"one of {', '.join(SAMPLERS)}, or a scheduler class such as DDIMScheduler (default: the pipeline's own)",
     )
     sampling.add_argument(
         "--prompt_template",

@@ -6,6 +6,7 @@ processes. So work that was interrupted goes on where it stopped.
 
 import difflib
 import hashlib
+import inspect
 import json
 import re
 import time
@@ -24,6 +25,7 @@ from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.hub import download
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, decode_from_latents
+from freqgate_dit.samplers import SAMPLERS, describe_sampler, make_sampler
 from freqgate_dit.summary import PipelineSummary, read_summary
 from freqgate_dit.training.sample_folder import SampleFolder
 
@@ -56,15 +58,15 @@ class Model:
     dtype: str
 
 
-def load_model(pipeline: str, scheduler: str | None, dtype: str, device: torch.device) -> Model:
+def load_model(pipeline: str, sampler: str | None, dtype: str, device: torch.device) -> Model:
     """The pipeline of a folder or a Hub repository, on `device`.
 
     Args:
-        scheduler: class to sample with, from the configuration of the pipeline's own; by default that one.
+        sampler: as `choose_scheduler` takes it; by default the pipeline's own scheduler.
         dtype: of the transformer, as `choose_dtype` takes it.
 
     Raises:
-        ValueError: if there is no such pipeline or scheduler, or it does not make RGB images.
+        ValueError: if there is no such pipeline or sampler, or it does not make RGB images.
         OSError: if a repository cannot be had, or files are missing or damaged.
     """
     folder = Path(pipeline).expanduser()
@@ -81,8 +83,8 @@ def load_model(pipeline: str, scheduler: str | None, dtype: str, device: torch.d
     number_type = choose_dtype(dtype, device)
     pipe = FreqGateDiTPipeline.from_pretrained(folder, dtype={"transformer": number_type, "default": torch.float32})
     pipe.set_progress_bar_config(disable=True)
-    if scheduler is not None:
-        pipe.scheduler = find_scheduler(scheduler).from_config(pipe.scheduler.config)
+    if sampler is not None:
+        pipe.scheduler = choose_scheduler(sampler, pipe.scheduler.config)
     pipe.to(device)
     if pipe.vae is not None:
         pipe.vae.to(memory_format=torch.channels_last)
@@ -104,21 +106,33 @@ def weights_digest(folder: Path) -> str | None:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def find_scheduler(name: str) -> type[SchedulerMixin]:
-    """The scheduler class of that name, of this package or of diffusers.
+def choose_scheduler(name: str, config: dict) -> SchedulerMixin:
+    """The sampler of that name, or the scheduler class of this package or of diffusers, from another one's config.
 
     Raises:
         ValueError: if there is none; names those that are spelled like it.
     """
+    if name in SAMPLERS:
+        return make_sampler(name, config)
     found = getattr(freqgate_dit, name, None) or getattr(diffusers, name, None)
     if isinstance(found, type) and issubclass(found, SchedulerMixin):
-        return found
+        return found.from_config(config)
     known = [other for other in {*dir(freqgate_dit), *dir(diffusers)} if other.endswith("Scheduler")]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, [*SAMPLERS, *known], n=3, cutoff=0.4)
     raise ValueError(
-        f"`scheduler` ({name}) must be a scheduler class of diffusers or of this package"
+        f"`sampler` ({name}) must be one of {', '.join(SAMPLERS)}, or a scheduler class of diffusers or this package"
         + (f": did you mean {' or '.join(near)}?" if near else ", such as DPMSolverMultistepScheduler.")
     )
+
+
+def scheduler_arguments(scheduler: SchedulerMixin) -> dict:
+    """What a scheduler was made with, as JSON can hold it; of the spectrum of the data a digest."""
+    names = inspect.signature(type(scheduler)).parameters
+    config = {name: scheduler.config.get(name, scheduler.config.get(f"_{name}")) for name in names}
+    if config.get("spectrum") is not None:
+        config["spectrum"] = hashlib.sha256(json.dumps(config["spectrum"], sort_keys=True).encode()).hexdigest()
+    # Numbers of NumPy and tensors among them.
+    return json.loads(json.dumps(config, default=lambda value: value.tolist()))
 
 
 def default_guidance(pipe: FreqGateDiTPipeline) -> float:
@@ -242,7 +256,6 @@ class Sampler:
     def protocol(self) -> dict:
         """What decides about the images beside rounding, as JSON can hold it."""
         scheduler = self.model.pipe.scheduler
-        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         counts = torch.tensor(self.sequence).bincount(minlength=len(self.classes.names)).tolist()
         return {
             "pipeline": self.model.name,
@@ -252,8 +265,8 @@ class Sampler:
             "class_counts": dict(zip(self.classes.names, counts, strict=True)),
             "seed": self.seed,
             "scheduler": type(scheduler).__name__,
-            # Numbers of NumPy and tensors among them.
-            "scheduler_config": json.loads(json.dumps(config, default=lambda value: value.tolist())),
+            "sampler": describe_sampler(type(scheduler).__name__, scheduler.config),
+            "scheduler_config": scheduler_arguments(scheduler),
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "resolution": self.model.summary.resolution,

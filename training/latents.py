@@ -12,7 +12,6 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoModel
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from freqgate_dit.files import replace_file
 from freqgate_dit.pipelines.pipeline_freqgate_dit import encode_to_latent_moments, vae_scale_factor
+from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training.config import LatentConfig
 from freqgate_dit.training.data import LabelledImages
 
@@ -359,30 +359,15 @@ def _concatenated(shards: list[torch.Tensor], device: torch.device) -> torch.Ten
     return whole
 
 
-class LatentStatistics(NamedTuple):
-    """Mean and standard deviation of latents, over all values and per channel."""
-
-    mean: float
-    std: float
-    channel_mean: list[float]
-    channel_std: list[float]
-
-
-def latent_statistics(data: CachedLatents, num_samples: int = 4096, batch_size: int = 256) -> LatentStatistics:
-    """Statistics of a fixed random choice of up to `num_samples` images, with the posterior's noise, not mirrored."""
+def data_statistics(data: CachedLatents, num_samples: int = 4096, batch_size: int = 256) -> SpectrumStatistics:
+    """Mean and power spectrum of a fixed random choice of up to `num_samples` images, as training draws them."""
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:num_samples]
     generator = torch.Generator(data.device).manual_seed(0)
-    total, squares = torch.zeros(2, data.shape[0], dtype=torch.float64)
+    statistics = SpectrumStatistics()
     for part in indices.split(batch_size):
-        sample, _ = data.draw(part, torch.zeros(len(part), device=data.device), generator)
-        sample = sample.cpu().double()
-        total += sample.sum(dim=(0, 2, 3))
-        squares += sample.square().sum(dim=(0, 2, 3))
-    count = len(indices) * data.shape[1] * data.shape[2]
-    mean, square = total / count, squares / count
-    std = (square - mean.square()).clamp(min=0).sqrt()
-    overall = (square.mean() - mean.mean().square()).clamp(min=0).sqrt()
-    return LatentStatistics(mean.mean().item(), overall.item(), mean.tolist(), std.tolist())
+        flip = torch.rand(len(part), generator=generator, device=data.device)
+        statistics.update(data.draw(part, flip, generator)[0])
+    return statistics
 
 
 def scale_warning(std: float) -> str | None:

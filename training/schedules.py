@@ -3,9 +3,11 @@
 import math
 
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler
+from diffusers.schedulers import SchedulerMixin
 
 from freqgate_dit.losses import DiffusionObjective
+from freqgate_dit.samplers import make_sampler
 from freqgate_dit.training.config import ObjectiveConfig, TrainConfig
 
 
@@ -25,20 +27,20 @@ def is_spread(step: int, count: int, total_steps: int) -> bool:
     return step * count // total_steps > (step - 1) * count // total_steps
 
 
-def make_schedulers(config: ObjectiveConfig, timestep_spacing: str) -> tuple[DDPMScheduler, EulerDiscreteScheduler]:
-    """The scheduler that adds noise in training and the one that samples, from one set of betas."""
-    shared = {
-        name: getattr(config, name)
-        for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-    }
-    training = DDPMScheduler(**shared)
-    # Spacing is set here because `from_config` of a DDPM scheduler would silently fall back to "linspace".
-    sampling = EulerDiscreteScheduler(**shared, timestep_spacing=timestep_spacing)
+def make_scheduler(config: ObjectiveConfig) -> DDPMScheduler:
+    """The scheduler that adds noise in training."""
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    return DDPMScheduler(**{name: getattr(config, name) for name in names})
+
+
+def make_sampling_scheduler(name: str, training: DDPMScheduler, spectrum: dict | None) -> SchedulerMixin:
+    """The sampler of that name (`freqgate_dit.samplers`) on the noise of `training`, for data with that spectrum."""
+    sampling = make_sampler(name, training.config, spectrum)
     if not torch.equal(training.alphas_cumprod, sampling.alphas_cumprod):
         raise RuntimeError(
-            "DDPMScheduler and EulerDiscreteScheduler disagree on the noise schedule; please report it."
+            f"DDPMScheduler and {type(sampling).__name__} disagree on the noise schedule; please report it."
         )
-    return training, sampling
+    return sampling
 
 
 def make_objective(config: ObjectiveConfig, scheduler: DDPMScheduler) -> DiffusionObjective:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler
 from safetensors import SafetensorError
 
 
@@ -50,7 +49,7 @@ from freqgate_dit.training.initialise import initialise, read_source
 from freqgate_dit.training.latents import (
     LatentCache,
     data_bytes,
-    latent_statistics,
+    data_statistics,
     load_vae,
     sample_shape,
     scale_warning,
@@ -64,7 +63,13 @@ from freqgate_dit.training.previews import preview_grid
 from freqgate_dit.training.publishing import training_summary, write_pipeline
 from freqgate_dit.training.pushes import Pushes
 from freqgate_dit.training.resume import refuse_other_run
-from freqgate_dit.training.schedules import is_spread, learning_rate, make_objective, make_schedulers
+from freqgate_dit.training.schedules import (
+    is_spread,
+    learning_rate,
+    make_objective,
+    make_sampling_scheduler,
+    make_scheduler,
+)
 from freqgate_dit.training.stopping import StopRequest
 from freqgate_dit.training.validation import Validation, ValidationResult
 from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
@@ -178,8 +183,7 @@ class Trainer:
         channels, size = sample_shape(self.vae, config.data.resolution, config.model.patch_size)
         torch.manual_seed(config.train.seed)
         self.model = config.model.build(channels, size, self.condition.model_arguments()).to(self.device)
-        training, self.sampling_scheduler = make_schedulers(config.objective, config.sampling.timestep_spacing)
-        self.objective = make_objective(config.objective, training)
+        self.objective = make_objective(config.objective, make_scheduler(config.objective))
         # A resumed run has weights of its own; what it once started from may be gone by now.
         if config.train.init_from and self.checkpoint is None:
             self._initialise()
@@ -253,10 +257,14 @@ class Trainer:
         accelerator.wait_for_everyone()
         resident = config.latents.data_on_device
         data, heldout = (cache.load(self.device, resident) for cache in (train_cache, heldout_cache))
+        statistics = data_statistics(data)
         if self.vae is not None:
-            warning = scale_warning(latent_statistics(data).std)
+            warning = scale_warning(statistics.std)
             if warning:
                 self.print(warning)
+        # Images that are all alike have no spectrum, which is an error only of a sampler that needs one.
+        spectrum = statistics.spectrum() if statistics.power.any() else None
+        self.sampler = make_sampling_scheduler(config.sampling.sampler, self.objective.scheduler, spectrum)
         self.batches = Batches(data, self.global_batch_size, config.train.seed, config.objective.stratified)
         self.validation = Validation(
             heldout,
@@ -424,7 +432,7 @@ class Trainer:
             self.model.eval()
             pipeline = FreqGateDiTPipeline(
                 self.model,
-                EulerDiscreteScheduler.from_config(self.sampling_scheduler.config),
+                type(self.sampler).from_config(self.sampler.config),
                 vae=self.vae,
                 text_encoder=self.condition.text_encoder,
                 tokenizer=self.condition.tokenizer,
