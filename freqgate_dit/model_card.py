@@ -7,6 +7,7 @@ Hub's specification, https://github.com/huggingface/hub-docs/blob/main/modelcard
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
@@ -80,7 +81,7 @@ def render_card(
     """
     summary = read_summary(folder)
     card = _Card(summary, repo_id, repo_id or name or Path(folder).resolve().name)
-    context = {**card.context(), "url": lambda path: quote(beside + path)}
+    context = {**card.context(), "beside": beside, "url": lambda path: quote(beside + path), "shell": shlex.quote}
     text = str(ModelCard.from_template(card.metadata(), template_path=str(TEMPLATE), **context)).rstrip()
     return ModelCard(f"{text}\n\n{MARK}{_digest(text)}{MARK_END}\n")
 

@@ -235,6 +235,15 @@ def test_a_folder_that_is_about_to_be_renamed(recorded):
     assert "revision" not in remote
 
 
+def test_a_card_that_lies_elsewhere_says_so(recorded):
+    card = render_card(recorded, name="run/pipeline", beside="kept here/")
+    check_form(card)
+    assert "the folder of this card" in render_card(recorded).text and "the folder of this card" not in card.text
+    assert "`run/pipeline` is the folder that the run wrote" in section(card.text, "Use")
+    assert "](kept%20here/training_config.yaml)" in card.text
+    assert "training/train.py --config 'kept here/training_config.yaml'\n" in card.text
+
+
 def test_cards_are_written_whole_or_not_at_all(recorded, tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(recorded, folder)
@@ -521,5 +530,6 @@ def test_the_projects_own_card_is_made_from_its_files():
     script.loader.exec_module(demo_card)
     card = (ROOT / "model_card.md").read_text(encoding="utf-8")
     assert card == demo_card.render_demo_card()
-    for path in re.findall(r"\]\((results/[^)]*)\)", card):
-        assert (ROOT / path).is_file(), path
+    # The command is one for the root of a checkout.
+    for path in re.findall(r"\]\((results/[^)]*)\)|--config (\S+)", card):
+        assert (ROOT / "".join(path)).is_file(), path
