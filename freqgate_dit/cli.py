@@ -85,6 +85,7 @@ OPTIONS = {
     "`guidance_scale=1`": "`--guidance_scale 1`",
     "`num_inference_steps`": "`--steps`",
     "`device`": "`--device`",
+    "`force_download=True`": "`--force_download`",
     "`out`": "`--out`",
     "`revision`": "`--revision`",
     "`variant`": "`--variant`",
@@ -208,7 +209,20 @@ def _add(commands, name: str, run: Callable, texts: tuple[str, str, str]) -> arg
 def _add_source(command: argparse.ArgumentParser):
     command.add_argument("source", metavar="REPO_OR_FOLDER", help="user/name on the Hub, or a pipeline folder.")
     command.add_argument("--revision", help="Branch, tag or commit of the repository.")
-    command.add_argument("--offline", action="store_true", help="Take what was downloaded before; ask nobody.")
+    cache = command.add_mutually_exclusive_group()
+    cache.add_argument("--offline", action="store_true", help="Take what was downloaded before; ask nobody.")
+    cache.add_argument(
+        "--force_download", action="store_true", help="Download again what was downloaded before, if it is damaged."
+    )
+
+
+def _how_to_download(options: argparse.Namespace) -> dict:
+    """What `_add_source` has read, as arguments of `hub.download`."""
+    return {
+        "revision": options.revision,
+        "local_files_only": options.offline,
+        "force_download": options.force_download,
+    }
 
 
 def hide_loading_bars():
@@ -227,9 +241,7 @@ def info(options: argparse.Namespace):
     from freqgate_dit import hub
     from freqgate_dit.summary import read_summary
 
-    folder = hub.fetch_pipeline(
-        options.source, revision=options.revision, local_files_only=options.offline, weights=False
-    )
+    folder = hub.fetch_pipeline(options.source, **_how_to_download(options), weights=False)
     print(read_summary(folder, files=_files_on_hub(options)).describe())
 
 
@@ -265,9 +277,7 @@ def sample(options: argparse.Namespace):
     sampling.check_image_file(options.out)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    folder = fetch_pipeline(
-        options.source, revision=options.revision, variant=options.variant, local_files_only=options.offline
-    )
+    folder = fetch_pipeline(options.source, **_how_to_download(options), variant=options.variant)
     hide_loading_bars()
     pipe = FreqGateDiTPipeline.from_pretrained(folder, variant=options.variant, dtype=dtype).to(device)
     sampling.check_makes_images(pipe)

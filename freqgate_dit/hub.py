@@ -117,7 +117,10 @@ def _sentence(error: Exception, repo_id: str, revision: str | None, writing: boo
         return f"the Hub answered {status} for {repo_id}: {error.server_message or error}"
     if may_pass(error):
         reason = type(error).__name__
-        return f"the Hub ({constants.ENDPOINT}) cannot be reached for {repo_id} ({reason}): try again later."
+        return (
+            f"the Hub ({constants.ENDPOINT}) cannot be reached for {repo_id}, or the connection broke off ({reason}): "
+            "try again later."
+        )
     return f"{repo_id} cannot be copied: {error}"
 
 

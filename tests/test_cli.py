@@ -317,6 +317,17 @@ def test_a_repository_is_sampled(folder, tmp_path, hub, call):
     assert hub.requests == []
 
 
+def test_a_damaged_cache_is_repaired_as_its_error_says(folder, tmp_path, hub, call, refused):
+    saved(folder)
+    call("push", folder, "ana/dit")
+    words = ("sample", "ana/dit", "--label", "cat", "--out", tmp_path / "cat.png", *FAST)
+    call(*words)
+    (weights,) = (tmp_path / "hub_home").rglob("transformer/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "are damaged or cut short" in (message := refused(*words)) and "again with `--force_download`" in message
+    assert call(*words, "--force_download")[0] == call(*words, "--offline")[0] == 0
+
+
 def test_weights_of_a_variant(folder, tmp_path, call, refused):
     pipe = make_pipeline(tiny_transformer(in_channels=3).to(torch.float16))
     pipe.save_pretrained(folder, variant="fp16")

@@ -427,10 +427,22 @@ def test_a_download_that_breaks_off_is_never_taken_for_whole(hub):
     pipe = make_pipeline()
     pipe.push_to_hub("ana/dit")
     hub.fail(match="GET.*safetensors", truncate=1000, times=100)
-    with pytest.raises(OSError):
+    with pytest.raises(HubError, match="for ana/dit, or the connection broke off .*: try again later"):
         load()
     hub._faults.clear()
     assert_same_tensors(load().transformer.state_dict(), pipe.transformer.state_dict())
+
+
+def test_a_damaged_cache_is_repaired_as_its_error_says(hub, tmp_path):
+    pipe = make_pipeline()
+    pipe.push_to_hub("ana/dit")
+    load()
+    (weights,) = (tmp_path / "hub_home").rglob("transformer/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(OSError, match="damaged or cut short .*`force_download=True`"):
+        load()
+    for again in ({"force_download": True}, {}):
+        assert_same_tensors(load(**again).transformer.state_dict(), pipe.transformer.state_dict())
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
