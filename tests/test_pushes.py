@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from components import assert_same_tensors
-from tiny_runs import refusal, state, train
+from components import assert_same_tensors, tiny_vae_kl
+from tiny_runs import photos, refusal, state, train
 
 from freqgate_dit import FreqGateDiTPipeline, cli
 from freqgate_dit.training.posthoc_ema import main as posthoc_ema
@@ -39,11 +39,18 @@ def test_a_run_pushes_its_checkpoints_and_its_end(options, hub, tmp_path, capsys
     files = repo.files()
     for path in (tmp_path / "run" / "pipeline").rglob("*.*"):
         assert files[path.relative_to(tmp_path / "run" / "pipeline").as_posix()] == path.read_bytes()
+    # A checkpoint and the run are called what they are where a pipeline is expected.
+    for place, named in (("run", "it is a run"), ("run/checkpoints/step_00000004", "it is a checkpoint")):
+        with pytest.raises(ValueError, match=f"is not a pipeline, .* {named}"):
+            FreqGateDiTPipeline.from_pretrained(tmp_path / place)
 
 
-def test_a_pushed_repository_says_what_it_is_and_nothing_else(options, hub, tmp_path):
-    (tmp_path / "my images").mkdir()
-    train(options(**PUSH, hub_model_id="lab/dit", license="mit"))
+def test_a_pushed_repository_says_what_it_is_and_nothing_else(options, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a-key-of-another-service")
+    tiny_vae_kl().save_pretrained(tmp_path / "parts" / "my vae")
+    own = {"dataset": photos(tmp_path / "parts" / "my images"), "vae": tmp_path / "parts" / "my vae"}
+    sizes = {"num_images": None, "resolution": 16, "heldout_per_class": 2, "patch_size": 2}
+    train(options(**{**PUSH, **own, **sizes}, hub_model_id="lab/dit", license="mit"))
     files = hub.repos["lab/dit"].files()
     figures = {"preview.png", "loss.png", "validation.png", "gate.png"}
     assert {name for name in files if name.startswith("figures/")} == {f"figures/{name}" for name in figures}
@@ -56,9 +63,10 @@ def test_a_pushed_repository_says_what_it_is_and_nothing_else(options, hub, tmp_
     records = [json.loads(line) for line in lines]
     assert summary["heldout"]["loss"] == records[-1]["ema"]["loss"]
     assert summary["heldout"]["loss_at_start"] == records[0]["ema"]["loss"]
+    assert "give `--dataset`, `--vae` as on your machine" in card
     # No token, no path of this machine, no name of its user.
     for name, content in files.items():
-        assert b"hf_ana" not in content, name
+        assert b"hf_ana" not in content and b"a-key-of-another-service" not in content, name
         for place in (tmp_path, tmp_path.home()):
             assert str(place).encode() not in content, name
 
