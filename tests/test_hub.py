@@ -50,6 +50,18 @@ if len(sys.argv) > 2:
 """
 
 
+# Another such process: samples every repository that it is told.
+BARE_SAMPLES = """
+import sys
+import numpy as np
+from diffusers import DiffusionPipeline
+for name in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    condition = {"prompt": "cat"} if pipe.text_encoder else {"class_labels": "cat"}
+    np.save(name.split("/")[1], pipe(**condition, num_inference_steps=2, seed=0, output_type="np").images)
+"""
+
+
 def downloads(hub):
     """Paths that were asked for, with or without success."""
     return [
@@ -71,10 +83,11 @@ def load(repo_id="ana/dit", **kwargs):
 
 # -- there and back ---------------------------------------------------------------------------------------------------
 
+# With and without autoencoder and text encoder.
+KINDS = [*((variant, "kl") for variant in VARIANTS), ("freq_gate", "text"), ("adaln_zero", "pixel")]
 
-@pytest.mark.parametrize(
-    ("variant", "kind"), [*((variant, "kl") for variant in VARIANTS), ("freq_gate", "text"), ("adaln_zero", "pixel")]
-)
+
+@pytest.mark.parametrize(("variant", "kind"), KINDS)
 def test_pushed_and_loaded_with_the_package(variant, kind, hub, tmp_path):
     pipe = build_pipeline(variant, kind, tmp_path)
     pipe.save_pretrained(tmp_path / "once")  # before a call: tokenizers keep the padding of their last one
@@ -127,6 +140,21 @@ def test_a_process_without_the_package(place, hub, tmp_path):
     if place == "Hub":
         first, second = (hub.repos[name].files() for name in ("ana/dit", "ana/other"))
         assert {**first, "README.md": b""} == {**second, "README.md": b""}
+
+
+def test_a_process_without_the_package_loads_every_kind(hub, tmp_path):
+    expected = {}
+    for variant, kind in KINDS:
+        pipe, name = build_pipeline(variant, kind, tmp_path), f"ana/{variant}_{kind}"
+        pipe.push_to_hub(name)
+        condition = {"prompt": "cat"} if kind == "text" else {"class_labels": "cat"}
+        expected[name] = pipe(**condition, num_inference_steps=2, seed=0, output_type="np").images
+    python, _ = fresh_environment(tmp_path / "environment")
+    done = run(python, "-c", BARE_SAMPLES, *expected, cwd=tmp_path, **hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    for name, images in expected.items():
+        found = np.load(tmp_path / f"{name.split('/')[1]}.npy")
+        np.testing.assert_allclose(found, images, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_repository_code_runs_only_where_it_is_asked_for(hub, tmp_path):
