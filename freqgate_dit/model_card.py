@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from freqgate_dit.files import write_text
 from freqgate_dit.pipeline_folder import weights_variant
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE
-from freqgate_dit.summary import PipelineSummary, metric_text, plain, read_summary
+from freqgate_dit.summary import PipelineSummary, metric_text, plain, precision_text, read_summary
 
 
 # Around the digest of all that comes before it: a card that somebody has edited has another.
@@ -252,7 +252,6 @@ class _Card:
     def training_rows(self) -> list[tuple[str, str]]:
         training, config = self.training, self.config
         data, processes = training["data"], training["processes"]
-        precision = {"no": "float32", "bf16": "bf16 autocast over float32 weights"}
         classes = f", {plain(data['classes'])} classes" if data["classes"] else ""
         rows = [
             ("Steps", f"{plain(training['step'])} of {plain(training['total_steps'])}"),
@@ -266,7 +265,7 @@ class _Card:
             ("Prompts", f"{code(config['prompt_template'])}" if config.get("condition") == "text" else ""),
             ("Started from", code(config["init_from"]) if config.get("init_from") else ""),
             ("Published weights", published_weights(training["weights"])),
-            ("Precision", precision.get(training["mixed_precision"], training["mixed_precision"])),
+            ("Precision", precision_text(training)),
             ("Device", f"{training['device']}, {processes} process{'es' if processes > 1 else ''}"),
             ("Versions", ", ".join(f"{name} {version}" for name, version in training["versions"].items())),
         ]

@@ -210,7 +210,7 @@ class PipelineSummary:
             (
                 "training",
                 f"{training['step']:,} of {training['total_steps']:,} steps, {training['global_batch_size']:,} images "
-                f"each, {training['mixed_precision']} precision; weights {training['weights']}",
+                f"each, {precision_text(training)}; weights {training['weights']}",
             ),
             (
                 "data",
@@ -240,6 +240,12 @@ def plain(value: float) -> str:
 def metric_text(metric: dict) -> str:
     """Value of a metric of an evaluation, as a reader should see it."""
     return f"{100 * metric['value']:.1f} %" if metric["format"] == "percent" else plain(metric["value"])
+
+
+def precision_text(training: dict) -> str:
+    """What a training computed in; Accelerate's "no" is about mixing."""
+    known = {"no": "float32", "bf16": "bf16 autocast over float32 weights"}
+    return known.get(training["mixed_precision"], training["mixed_precision"])
 
 
 def bytes_text(size: int) -> str:

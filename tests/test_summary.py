@@ -198,7 +198,7 @@ def test_description(tmp_path):
         "dropped in 10 % of training",
         "EulerDiscreteScheduler, trailing spacing",
         "v_prediction, 1,000 timesteps, linear betas from 0.0001 to 0.02",
-        "1,500 of 2,000 steps, 64 images each",
+        "1,500 of 2,000 steps, 64 images each, bf16 autocast over float32 weights",
         "weights power:0.1",
         "0.1325, 0.9731 at the start, 0.1413 without the condition",
         "structure accuracy, guidance 2: 97.3 %",
@@ -210,6 +210,8 @@ def test_description(tmp_path):
     facts = lines[: next(index for index, line in enumerate(lines) if line.startswith("files"))]
     assert all(line[15] == " " and line[16:].strip() for line in facts)
     assert str(tmp_path) not in summary.describe()
+    record_training(tmp_path, mixed_precision="no")
+    assert " images each, float32; weights power:0.1\n" in read_summary(tmp_path).describe()
 
 
 @pytest.mark.parametrize(
