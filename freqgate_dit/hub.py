@@ -31,11 +31,13 @@ from freqgate_dit.model_card import is_generated, write_card
 from freqgate_dit.pipeline_folder import (
     INDEX,
     WEIGHTS,
+    DamagedPipelineError,
     check_folder,
     component_classes,
     files_to_load,
     is_weights,
     refuse_incomplete,
+    refuse_incomplete_repository,
     refuse_other_pipeline,
     refuse_without_index,
     weights_variant,
@@ -71,13 +73,13 @@ def explain(
     revision: str | None = None,
     writing: bool = False,
     token: str | bool | None = None,
-) -> HubError | ValueError:
+) -> OSError | ValueError:
     """What to raise instead of an error of the Hub's client: one sentence that says what to do.
 
     Returns:
         `ValueError` if `repo_id` cannot be one, otherwise `HubError`.
     """
-    if isinstance(error, HubError):
+    if isinstance(error, (HubError, DamagedPipelineError)):
         return error
     if isinstance(error, HFValidationError):
         no_folder = "" if writing else "is no folder, and "
@@ -169,9 +171,10 @@ def download(
         refuse_without_index(files, repo_id)
         index = read_json(Path(hf_hub_download(repo_id, INDEX, force_download=force_download, **where)))
         refuse_other_pipeline(index, repo_id, class_name)
+        components = [name for name in component_classes(index) if name not in others]
+        refuse_incomplete_repository(files, repo_id, components, variant, weights)
         if not weights:
             return descriptions(files)
-        components = [name for name in component_classes(index) if name not in others]
         return files_to_load(files, components, variant, trust_remote_code, others.get("use_safetensors") is False)
 
     def from_hub() -> str:
@@ -195,6 +198,8 @@ def download(
     if local_files_only or constants.HF_HUB_OFFLINE:
         try:
             return from_cache()
+        except DamagedPipelineError as error:
+            raise HubError(f"{repo_id} is not whole in the cache: {error}") from error
         except CLIENT_ERRORS as error:
             raise explained(error) from error
     try:

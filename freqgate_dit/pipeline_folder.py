@@ -7,6 +7,7 @@ import re
 from collections.abc import Container, Iterable
 from pathlib import Path
 
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
 from freqgate_dit.files import read_json
@@ -19,6 +20,8 @@ PACKAGE_MODULES = {
     "scheduling_spectral_euler": "freqgate_dit.scheduling_spectral_euler",
     "transformer_freqgate_dit": "freqgate_dit.transformer_freqgate_dit",
 }
+# From which diffusers loads components.
+LIBRARIES = ("diffusers", "transformers")
 # What a folder of weights is loaded with, besides the weights. Code is not among it.
 SMALL_FILES = (".json", ".txt", ".model")
 WEIGHTS = (".safetensors", ".bin")
@@ -123,24 +126,49 @@ def check_folder(
 def refuse_incomplete(folder: Path, component: str, variant: str | None = None, any_variant: bool = False):
     """Raise if files of a component are missing or cut short: its weights of `variant`, or all that are there."""
     names = [f"{component}/{path.name}" for path in (folder / component).glob("*")]
-    if not any(name.endswith("config.json") for name in names):
+    lacking = missing_part(names, component, variant, any_variant)
+    if lacking:
         raise DamagedPipelineError(
-            f"the pipeline {str(folder)!r} lacks the configuration of its {component}: copy it anew."
+            f"the pipeline {str(folder)!r} lacks {lacking}: copy it anew (of a repository: load it once while online)."
         )
+    for name in names if any_variant else files_to_load(names, [component], variant):
+        if name.endswith(".safetensors"):
+            refuse_damaged(folder / name)
+
+
+def refuse_incomplete_repository(
+    names: Iterable[str], repo_id: str, components: Iterable[str], variant: str | None = None, weights: bool = True
+):
+    """Raise if `names`, the files of a repository, do not have all that a pipeline is loaded from."""
+    for component in components:
+        here = [name for name in names if name.startswith(f"{component}/")]
+        lacking = missing_part(here, component, variant, any_variant=not weights)
+        if lacking and (weights or "configuration" in lacking):
+            raise DamagedPipelineError(
+                f"the repository {repo_id!r} lacks {lacking}: name an older `revision`, or ask its author to push it "
+                "again."
+            )
+
+
+def missing_part(names: list[str], component: str, variant: str | None, any_variant: bool = False) -> str | None:
+    """What `names`, the files of a component, lack for it to be loaded, in words; `None` if they lack nothing."""
+    if not any(name.endswith("config.json") for name in names):
+        return f"the configuration of its {component}"
     if f"{component}/config.json" not in names:
-        return  # a scheduler or a tokenizer
+        return None  # a scheduler or a tokenizer
     found = [name for name in names if name.endswith(WEIGHTS)]
     weights = found if any_variant else [name for name in files_to_load(names, [component], variant) if name in found]
     if not weights:
         variants = sorted({weights_variant(name) for name in found} - {None})
-        there = f"only of `variant` {' and '.join(map(repr, variants))}" if variants else "none at all"
-        raise DamagedPipelineError(
-            f"the pipeline {str(folder)!r} has no weights of its {component} (`variant` {variant!r}; {there}): name "
-            "a variant that is there, or copy it anew (of a repository: load it once while online)."
-        )
+        there = f"only those of {' and '.join(map(repr, variants))} are there" if variants else "none at all"
+        return f"the weights of its {component} (`variant` {variant!r}; {there})"
     for name in weights:
-        if name.endswith(".safetensors"):
-            refuse_damaged(folder / name)
+        piece = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.\w+)", name)
+        pieces = [f"{piece[1]}{number:05d}{piece[2]}" for number in range(1, int(piece[3]) + 1)] if piece else []
+        for other in pieces:
+            if other not in names:
+                return f"a piece of the weights of its {component}, {other}"
+    return None
 
 
 def refuse_damaged(file: Path):
@@ -191,7 +219,8 @@ def refuse_other_pipeline(index: dict, place: str | os.PathLike, expected: str =
             "`DiffusionPipeline.from_pretrained`."
         )
     for library, component_class in component_classes(index).values():
-        if library in PACKAGE_MODULES and _package_class(library, component_class) is None:
+        known = _package_class(library, component_class) if library in PACKAGE_MODULES else library in LIBRARIES
+        if not known and (library in PACKAGE_MODULES or _is_newer(index)):
             _refuse_newer(index, place, f"the class {component_class}")
     if class_name == FreqGateDiTPipeline.__name__:
         _refuse_unknown_options(index, place, FreqGateDiTPipeline, index)
@@ -199,6 +228,11 @@ def refuse_other_pipeline(index: dict, place: str | os.PathLike, expected: str =
 
 def _package_class(library: str, class_name: str) -> type | None:
     return getattr(importlib.import_module(PACKAGE_MODULES[library]), class_name, None)
+
+
+def _is_newer(index: dict) -> bool:
+    """Whether a newer version of the package wrote `index`: what is unknown in it may be a file of that version."""
+    return Version(index.get("_freqgate_dit_version", "0")) > Version(__version__)
 
 
 def _refuse_unknown_options(index: dict, place: str | os.PathLike, cls: type, config: dict):

@@ -325,6 +325,10 @@ def test_folders_that_are_no_pipeline(tmp_path):
             {"_freqgate_dit_version": "9.1", "transformer": ["transformer_freqgate_dit", "NextDiT"]},
             "the class NextDiT, which freqgate_dit .* does not have; it was made by version 9.1: `pip install --up",
         ),
+        (
+            {"_freqgate_dit_version": "9.1", "scheduler": ["scheduling_next", "NextScheduler"]},
+            "the class NextScheduler, which freqgate_dit .* made by version 9.1: `pip install --up",
+        ),
         ({"spectrum": [1.0]}, "the option `spectrum` of FreqGateDiTPipeline.*--upgrade"),
     ],
 )
@@ -354,7 +358,7 @@ def test_missing_and_damaged_files(hub, tmp_path):
     whole = weights.read_bytes()
     for content, message in {
         whole[:-7]: "vae/diffusion_pytorch_model.safetensors are damaged or cut short",
-        None: "no weights of its vae.*none at all",
+        None: "lacks the weights of its vae .*none at all",
     }.items():
         weights.write_bytes(content) if content else weights.unlink()
         hub.create("ana/dit", files=contents(folder))
@@ -363,11 +367,39 @@ def test_missing_and_damaged_files(hub, tmp_path):
                 load(source)
         assert load(folder, vae=None).vae is None
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(OSError, match="lacks the configuration of its scheduler"):
-        load(folder, vae=None)
+    hub.create("ana/dit", files=contents(folder))
+    for source, named in ((folder, f"'{folder}'"), ("ana/dit", "'ana/dit'")):
+        with pytest.raises(OSError, match=f"{named} lacks the configuration of its scheduler"):
+            load(source, vae=None)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="model_index.json is no valid JSON"):
         load(folder)
+
+
+def test_what_a_repository_lacks_is_known_before_anything_is_downloaded(hub, tmp_path):
+    files = contents(saved(tmp_path, vae=tiny_vae_kl()))
+    del files["vae/diffusion_pytorch_model.safetensors"]
+    hub.create("ana/dit", files=files)
+    with pytest.raises(OSError, match="the repository 'ana/dit' lacks the weights of its vae .* ask its author"):
+        load()
+    assert {*downloads(hub)} == {"model_index.json"}
+    load(vae=None)
+    with pytest.raises(HubError, match="ana/dit is not whole in the cache: .*load it once while online"):
+        load(local_files_only=True)
+
+
+def test_a_missing_piece_of_weights(hub, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipeline", max_shard_size="40KB")
+    next((tmp_path / "pipeline" / "transformer").glob("*-00002-of-*")).unlink()
+    hub.create("ana/dit", files=contents(tmp_path / "pipeline"))
+    message = "lacks a piece of the weights of its transformer, transformer/diffusion_pytorch_model-00002-of-"
+    for source in (tmp_path / "pipeline", "ana/dit"):
+        with pytest.raises(OSError, match=message):
+            load(source)
+    assert {*downloads(hub)} == {"model_index.json"}
+    with pytest.raises(OSError, match=message):
+        push_folder(tmp_path / "pipeline", "ana/other")
+    assert "ana/other" not in hub.repos
 
 
 @pytest.mark.parametrize("repo_id", ["ana/", "/dit", "ana/d it", ""])
@@ -549,7 +581,7 @@ def test_what_nobody_could_load_is_not_pushed(hub, tmp_path):
     with pytest.raises(ValueError, match="lacks its code, pipeline_freqgate_dit.py"):
         push_folder(folder, "ana/dit")
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(OSError, match="no weights of its transformer"):
+    with pytest.raises(OSError, match="lacks the weights of its transformer"):
         push_folder(folder, "ana/dit")
     with pytest.raises(ValueError, match="is not there"):
         push_folder(tmp_path / "nothing", "ana/dit")
