@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+from freqgate_dit.samplers import make_sampler
 from freqgate_dit.transformer_freqgate_dit import ConditionedDiTTransformer2DModel
 
 
@@ -121,6 +122,15 @@ def euler(timestep_spacing: str = "linspace", **kwargs) -> EulerDiscreteSchedule
     return EulerDiscreteScheduler(timestep_spacing=timestep_spacing, **kwargs)
 
 
+# Of latents with four channels.
+SPECTRUM = {"height": 8, "width": 8, "power": [[4.0, 1.0, 0.5]] * 4, "mean": [[[0.1]]] * 4}
+
+
+def spectral(**kwargs):
+    """The spectral sampler on the noise of `euler`."""
+    return make_sampler("spectral", euler(**kwargs).config, SPECTRUM)
+
+
 VAES = {"kl": tiny_vae_kl, "tiny": tiny_vae_tiny}
 
 
@@ -135,14 +145,14 @@ def make_pipeline(transformer=None, scheduler=None, class_dropout_prob=0.1, **kw
     return pipe
 
 
-def build_pipeline(variant: str, kind: str, folder: Path) -> FreqGateDiTPipeline:
+def build_pipeline(variant: str, kind: str, folder: Path, scheduler=None) -> FreqGateDiTPipeline:
     """Of class labels on pixels ("pixel") or latents ("kl", "tiny"), or of prompts ("text", files in `folder`)."""
     conditional = {"num_classes": None, "pooled_projection_dim": TEXT_DIM} if kind == "text" else {}
     transformer = tiny_transformer(variant, in_channels=3 if kind == "pixel" else 4, **conditional)
     components = {"vae": VAES["kl" if kind == "text" else kind]()} if kind != "pixel" else {}
     if kind == "text":
         components |= {"text_encoder": tiny_text_encoder(), "tokenizer": tiny_tokenizer(folder / "vocabulary")}
-    return make_pipeline(transformer, **components)
+    return make_pipeline(transformer, scheduler, **components)
 
 
 def sample(pipe, *args, **kwargs) -> torch.Tensor:

@@ -11,8 +11,10 @@ from components import (
     LABELS,
     assert_same_tensors,
     build_pipeline,
+    euler,
     make_pipeline,
     sample,
+    spectral,
     tiny_transformer,
     tiny_vae_kl,
 )
@@ -28,6 +30,7 @@ from freqgate_dit.hub import HubError, list_files, prepare_repository, push_fold
 
 CODE = {
     "pipeline_freqgate_dit.py": ROOT / "pipelines" / "pipeline_freqgate_dit.py",
+    "scheduler/scheduling_spectral_euler.py": ROOT / "freqgate_dit" / "scheduling_spectral_euler.py",
     "transformer/transformer_freqgate_dit.py": ROOT / "freqgate_dit" / "transformer_freqgate_dit.py",
 }
 # A process that cannot see the package: loads, samples, saves again.
@@ -83,19 +86,24 @@ def load(repo_id="ana/dit", **kwargs):
 
 # -- there and back ---------------------------------------------------------------------------------------------------
 
-# With and without autoencoder and text encoder.
-KINDS = [*((variant, "kl") for variant in VARIANTS), ("freq_gate", "text"), ("adaln_zero", "pixel")]
+# With and without autoencoder and text encoder, and with a scheduler of the package's own.
+KINDS = [
+    *((variant, "kl", euler) for variant in VARIANTS),
+    ("freq_gate", "text", euler),
+    ("adaln_zero", "pixel", euler),
+    ("freq_gate", "kl", spectral),
+]
 
 
-@pytest.mark.parametrize(("variant", "kind"), KINDS)
-def test_pushed_and_loaded_with_the_package(variant, kind, hub, tmp_path):
-    pipe = build_pipeline(variant, kind, tmp_path)
+@pytest.mark.parametrize(("variant", "kind", "scheduler"), KINDS)
+def test_pushed_and_loaded_with_the_package(variant, kind, scheduler, hub, tmp_path):
+    pipe = build_pipeline(variant, kind, tmp_path, scheduler=scheduler())
     pipe.save_pretrained(tmp_path / "once")  # before a call: tokenizers keep the padding of their last one
     call = {"prompt" if kind == "text" else "class_labels": ["dog", "cat"], "output_type": "np", "seed": 0}
     assert pipe.push_to_hub("ana/dit") == f"{hub.url}/ana/dit"
     loaded = load()
     loaded.save_pretrained(tmp_path / "again")
-    assert type(loaded.transformer) is VARIANTS[variant]
+    assert type(loaded.transformer) is VARIANTS[variant] and type(loaded.scheduler) is type(pipe.scheduler)
     assert np.array_equal(loaded(num_inference_steps=2, **call).images, pipe(num_inference_steps=2, **call).images)
     assert loaded.id2label == ({} if kind == "text" else LABELS)
     # No code of the repository was downloaded, let alone run.
@@ -110,20 +118,23 @@ def test_pushed_and_loaded_with_the_package(variant, kind, hub, tmp_path):
 
 
 def test_a_repository_holds_its_code_and_no_origin(hub, tmp_path):
-    FreqGateDiTPipeline.from_pretrained(saved(tmp_path)).push_to_hub("ana/dit")
+    pipe = FreqGateDiTPipeline.from_pretrained(saved(tmp_path))
+    pipe.scheduler = spectral()
+    pipe.push_to_hub("ana/dit")
     files = hub.repos["ana/dit"].files()
     index = json.loads(files["model_index.json"])
     assert index["_class_name"] == ["pipeline_freqgate_dit", "FreqGateDiTPipeline"]
     assert index["transformer"] == ["transformer_freqgate_dit", "AdaLNZeroDiTTransformer2DModel"]
+    assert index["scheduler"] == ["scheduling_spectral_euler", "SpectralEulerDiscreteScheduler"]
     for name, source in CODE.items():
         assert files[name] == source.read_bytes()
     for name, content in files.items():
         assert str(tmp_path).encode() not in content and b"hf_ana" not in content, name
 
 
-@pytest.mark.parametrize("place", ["folder", "Hub"])
-def test_a_process_without_the_package(place, hub, tmp_path):
-    pipe = make_pipeline(tiny_transformer("freq_gate"), vae=tiny_vae_kl())
+@pytest.mark.parametrize(("place", "scheduler"), [("folder", euler), ("folder", spectral), ("Hub", spectral)], ids=str)
+def test_a_process_without_the_package(place, scheduler, hub, tmp_path):
+    pipe = make_pipeline(tiny_transformer("freq_gate"), scheduler(), vae=tiny_vae_kl())
     pipe.save_pretrained(tmp_path / "pipeline")
     source = tmp_path / "pipeline"
     if place == "Hub":
@@ -144,8 +155,9 @@ def test_a_process_without_the_package(place, hub, tmp_path):
 
 def test_a_process_without_the_package_loads_every_kind(hub, tmp_path):
     expected = {}
-    for variant, kind in KINDS:
-        pipe, name = build_pipeline(variant, kind, tmp_path), f"ana/{variant}_{kind}"
+    for variant, kind, scheduler in KINDS:
+        pipe = build_pipeline(variant, kind, tmp_path, scheduler=scheduler())
+        name = f"ana/{variant}_{kind}_{scheduler.__name__}"
         pipe.push_to_hub(name)
         condition = {"prompt": "cat"} if kind == "text" else {"class_labels": "cat"}
         expected[name] = pipe(**condition, num_inference_steps=2, seed=0, output_type="np").images

@@ -4,13 +4,12 @@ import itertools
 
 import pytest
 import torch
-from components import make_pipeline, sample
+from components import SPECTRUM, make_pipeline, sample
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from freqgate_dit.samplers import SAMPLERS, configure, describe_sampler, make_sampler
 
 
-SPECTRUM = {"height": 8, "width": 8, "power": [[4.0, 1.0, 0.5]] * 4, "mean": [[[0.1]]] * 4}
 TRAINING = DDPMScheduler(beta_end=0.015, prediction_type="v_prediction")
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 
+import components
 import numpy as np
 import pytest
 import torch
@@ -440,11 +441,7 @@ def test_json_round_trip(tmp_path, mixture, warnings):
 
 
 def test_the_pipeline_samples_with_it():
-    spectrum = {"height": 8, "width": 8, "power": [[4.0, 1.0, 0.5]] * 4, "mean": [[[0.1]]] * 4}
-    pipe = make_pipeline()
-    pipe.scheduler = SpectralEulerDiscreteScheduler.from_config(
-        pipe.scheduler.config, spectrum=spectrum, spectral_order=2, use_spectral_sigmas=True
-    )
+    pipe = make_pipeline(scheduler=components.spectral())
     latents = sample(pipe, "cat", guidance_scale=2.0)
     assert latents.shape == (1, 4, 8, 8) and latents.isfinite().all()
     assert torch.equal(sample(pipe, "cat", guidance_scale=2.0), latents)

@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import ROOT, TINY, metrics, photos, refusal, reset_accelerate, run, state, train
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
-from freqgate_dit.samplers import SAMPLERS
+from freqgate_dit.samplers import SAMPLERS, describe_sampler, make_sampler
 from freqgate_dit.shapes_textures import ShapesTextures
+from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training.config import parse_config
+from freqgate_dit.training.data import load_images
 from freqgate_dit.training.schedules import make_sampling_scheduler, make_scheduler
 from freqgate_dit.training.train import Trainer, main
 from freqgate_dit.transformer_freqgate_dit import DiTAttnProcessor, DiTMatmulAttnProcessor
@@ -73,7 +75,17 @@ def test_run_learns_and_leaves_everything_behind(tmp_path, options):
     classes = ShapesTextures(1, image_size=32).class_names
     assert pipeline.id2label == dict(enumerate(classes))
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
-    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert describe_sampler(type(pipeline.scheduler).__name__, pipeline.scheduler.config) == (
+        "EulerDiscreteScheduler, trailing spacing"
+    )
+
+    # It knows the spectrum of what it was trained on, for the samplers that ask for it.
+    train_images, _ = load_images(config.data)
+    pixels = train_images.images(range(len(train_images))).float() / 127.5 - 1
+    statistics = SpectrumStatistics()
+    statistics.update(pixels)
+    assert pipeline.scheduler.config._spectrum == statistics.spectrum()
+    assert make_sampler("spectral", pipeline.scheduler.config).config._spectrum == statistics.spectrum()
 
     # Its samples are the preview.
     pipeline.set_progress_bar_config(disable=True)
