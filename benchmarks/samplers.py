@@ -27,6 +27,7 @@ from freqgate_dit.metrics import FeatureStatistics, frechet_distance, kernel_dis
 from freqgate_dit.pipelines.pipeline_freqgate_dit import decode_from_latents
 from freqgate_dit.references import reference_statistics
 from freqgate_dit.spectral import SpectrumStatistics, dct2, octave_bands, octave_labels
+from freqgate_dit.summary import read_summary
 from freqgate_dit.training.generation import to_uint8
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.references import load_reference
@@ -77,7 +78,8 @@ class Distances:
     """Distances of samples to real images in the features of a network."""
 
     def __init__(self, arguments: argparse.Namespace, resolution: int):
-        reference = load_reference(arguments.reference, None, resolution, cache_dir=CACHE_DIR)
+        summary = read_summary(arguments.pipeline)
+        reference = load_reference(arguments.reference, None, resolution, summary, CACHE_DIR)
         self.extractor = load_extractor(arguments.features)
         self.real = reference_statistics(reference.images, self.extractor, reference.split).features
         self.statistics = FeatureStatistics.of(self.real)

@@ -155,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--count", type=positive, default=1, help="Images of each label or prompt.")
     command.add_argument("--seed", type=int, default=0, help="Of the first image.")
     command.add_argument("--steps", type=positive, default=20, help="Steps of the sampler.")
+    command.add_argument("--sampler", help="By name, such as dpm (a wrong name lists all); by default its own.")
     command.add_argument(
         "--guidance_scale",
         type=float,
@@ -273,6 +274,7 @@ def sample(options: argparse.Namespace):
     from freqgate_dit.devices import choose_device, choose_dtype
     from freqgate_dit.hub import fetch_pipeline
     from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, FreqGateDiTPipeline
+    from freqgate_dit.samplers import make_sampler
 
     sampling.check_image_file(options.out)
     device = choose_device(options.device)
@@ -281,6 +283,8 @@ def sample(options: argparse.Namespace):
     hide_loading_bars()
     pipe = FreqGateDiTPipeline.from_pretrained(folder, variant=options.variant, dtype=dtype).to(device)
     sampling.check_makes_images(pipe)
+    if options.sampler:
+        pipe.scheduler = make_sampler(options.sampler, pipe.scheduler.config)
     scale = options.guidance_scale
     if scale is None:
         scale = SOURCE_GUIDANCE_SCALE if pipe.has_null_condition else 1.0

@@ -116,11 +116,10 @@ def check_folder(
     for name, (library, class_name) in component_classes(index).items():
         if name not in without:
             refuse_incomplete(folder, name, variant)
-        if library in PACKAGE_MODULES:
-            cls = _package_class(library, class_name)
-            config_file = folder / name / cls.config_name
-            if config_file.is_file():
-                _refuse_unknown_options(index, folder, cls, read_json(config_file))
+        # The config of a scheduler keeps options of others that it was made from; that of a model has its own only.
+        config_file = folder / name / "config.json"
+        if library in PACKAGE_MODULES and config_file.is_file():
+            _refuse_unknown_options(index, folder, _package_class(library, class_name), read_json(config_file))
 
 
 def refuse_incomplete(folder: Path, component: str, variant: str | None = None, any_variant: bool = False):

@@ -75,6 +75,12 @@ def make_sampler(name: str, config: dict, spectrum: dict | None = None) -> Sched
         hint = f"; did you mean {close[0]}?" if close else "."
         raise ValueError(f"`sampler` ({name}) must be one of {', '.join(SAMPLERS)}{hint}")
     config = dict(config) if spectrum is None else {**config, "_spectrum": spectrum}
+    if SAMPLERS[name].scheduler is SpectralEulerDiscreteScheduler and not config.get("_spectrum"):
+        others = [other for other in SAMPLERS if SAMPLERS[other].scheduler is not SpectralEulerDiscreteScheduler]
+        raise ValueError(
+            f"`sampler` ({name}) needs the spectrum of the training data, which the trainer keeps with a pipeline; "
+            f"here is none: pass `spectrum`, or choose one of {', '.join(others)}."
+        )
     return configure(SAMPLERS[name].scheduler, config, **SAMPLERS[name].arguments)
 
 

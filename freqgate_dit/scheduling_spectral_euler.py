@@ -20,7 +20,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers.schedulers import EulerDiscreteScheduler
+from diffusers.schedulers import (
+    EulerDiscreteScheduler,
+    SchedulerMixin,  # noqa: F401 (by which diffusers, looking into the module of a component, tells how to load it)
+)
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.utils import logging
 

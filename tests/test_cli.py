@@ -19,6 +19,7 @@ from freqgate_dit import FreqGateDiTPipeline, FreqGateDiTTransformer2DModel, cli
 from freqgate_dit.convert import from_dit_pipeline, load_official
 from freqgate_dit.devices import choose_device, choose_dtype
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE
+from freqgate_dit.samplers import make_sampler
 from freqgate_dit.sampling import BATCH_SIZE
 from freqgate_dit.summary import read_summary
 
@@ -215,6 +216,19 @@ def test_one_image_is_written_as_it_is(folder, tmp_path, call):
     (unguided,) = pipe("dog", seed=5, **{**CALL, "guidance_scale": 1}).images
     np.testing.assert_array_equal(Image.open(out), unguided)
     assert (np.asarray(unguided) != np.asarray(image)).any()
+
+
+def test_another_sampler(folder, tmp_path, call):
+    pipe = saved(folder)
+    out = tmp_path / "dog.png"
+    _, text, _ = call("sample", folder, "--label", "dog", "--sampler", "dpm", "--out", out, *FAST)
+    assert "3 steps of DPMSolverMultistepScheduler" in text
+    pipe.scheduler = make_sampler("dpm", pipe.scheduler.config)
+    np.testing.assert_array_equal(Image.open(out), pipe("dog", seed=0, **CALL).images[0])
+    _, _, error = call("sample", folder, "--label", "dog", "--sampler", "dmp", "--out", out, *FAST)
+    assert "did you mean dpm?" in error
+    _, _, error = call("sample", folder, "--label", "dog", "--sampler", "spectral", "--out", out, *FAST)
+    assert "needs the spectrum" in error
 
 
 def test_several_images_of_labels_are_rows(folder, tmp_path, call):

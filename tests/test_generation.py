@@ -241,7 +241,7 @@ def test_a_sampler_by_name(folder):
     protocol = sampler_of(load_model(str(folder), "dpm", "float32", CPU)).protocol()
     assert protocol["sampler"] == "DPMSolverMultistepScheduler, Lu's noise levels"
     assert protocol["scheduler_config"]["use_lu_lambdas"] is True and protocol["scheduler_config"]["beta_end"] == 0.02
-    with pytest.raises(ValueError, match="`spectrum` is missing"):
+    with pytest.raises(ValueError, match="needs the spectrum of the training data"):
         load_model(str(folder), "spectral", "float32", CPU)
 
 

@@ -85,5 +85,6 @@ def test_descriptions():
 def test_errors():
     with pytest.raises(ValueError, match=r"`sampler` \(spectre\) must be one of spectral, .*did you mean spectral\?"):
         make_sampler("spectre", TRAINING.config)
-    with pytest.raises(ValueError, match="`spectrum` is missing"):
-        make_sampler("spectral", TRAINING.config)
+    for name in ("spectral", "spectral_euler"):
+        with pytest.raises(ValueError, match=rf"`sampler` \({name}\) needs the spectrum .* choose one of dpm, "):
+            make_sampler(name, TRAINING.config)
