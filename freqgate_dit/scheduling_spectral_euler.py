@@ -33,8 +33,10 @@ logger = logging.get_logger(__name__)
 # Under these names, with an underscore before them, the arguments that only this class has stand in its config. Of a
 # public name another scheduler's `from_config` would warn, with all of its numbers; a private one it keeps in silence.
 OWN_ARGUMENTS = ("spectrum", "spectral_order", "use_spectral_sigmas", "temperature")
-# Trapezoids of the integral over a step of second order.
-TRAPEZOIDS = 8
+# Noise levels between which the way of the image is measured.
+LEVELS = 2000
+# Pieces of the integral over a step of second order.
+PIECES = 8
 
 
 def spectral_power(spectrum: dict, height: int, width: int) -> torch.Tensor:
@@ -88,11 +90,11 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             - "mean": `(C, K, K)` as nested lists: means of the coefficients of lowest frequency, divided by
               `sqrt(height * width)`, so that entry (0, 0) is the mean of the channel.
 
-        spectral_order (`int`, defaults to 1): 2 extrapolates F from the step before, linearly in the arc length of
-            `use_spectral_sigmas`; one network evaluation per step as well.
-        use_spectral_sigmas (`bool`, defaults to `False`): noise levels at equal steps of the arc length
-            u(sigma) = integral of sqrt(mean over frequencies of (dphi / dsigma)^2), instead of `timestep_spacing`.
-            The mean is weighted by S: an error of w is one of the image times sqrt(S).
+        spectral_order (`int`, defaults to 1): 2 extrapolates F from the step before, linearly in log sigma; it takes
+            one network evaluation per step as well.
+        use_spectral_sigmas (`bool`, defaults to `False`): noise levels at equal steps of u / U + log(sigma) / L, in
+            place of `timestep_spacing`. u is the length of the image's way, sqrt(sum over frequencies of S dphi^2), U
+            and L are the ranges of u and log(sigma): the steps cover as much of the way as of the scales.
         temperature (`float` or list, defaults to 1): factor on the variance of the result about the data's mean; a
             list has an entry per octave of frequency, from the lowest (below 1 cycle per image, 1 to 2, 2 to 4, ...),
             the last one for all above. Exact for Gaussian data.
@@ -163,8 +165,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         }
         self.register_to_config(**{f"_{name}": own[name] for name in OWN_ARGUMENTS})
         self._least_sigma = self.sigmas[-2].item()
-        self._arc = _arc_length(spectrum, self._least_sigma)
-        self._frequencies: dict[tuple[int, int], _Frequencies] = {}
+        self._known_sizes: dict[tuple[int, int], Frequencies] = {}
         self._previous = None
 
     @classmethod
@@ -196,18 +197,12 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
 
     def _spectral_sigmas(self, steps: int) -> list[float]:
         greatest = self.config.sigma_max or ((1 - self.alphas_cumprod[-1]) / self.alphas_cumprod[-1]).sqrt().item()
-        end = self._least_sigma if self.config.final_sigmas_type == "sigma_min" else 0.0
-        start, stop = self._arc_of(greatest), self._arc_of(end)
-        # The network is not asked about less noise than it has seen.
-        last = max(stop + (start - stop) / steps, self._arc_of(self.config.sigma_min or self._least_sigma))
-        return [*self._sigma_at(np.linspace(start, last, steps)).tolist(), end]
-
-    def _arc_of(self, sigma: float) -> float:
-        return float(np.interp(sigma, *self._arc))
-
-    def _sigma_at(self, arc: np.ndarray) -> np.ndarray:
-        sigmas, arcs = self._arc
-        return np.interp(arc, arcs, sigmas)
+        least = self.config.sigma_min or self._least_sigma
+        sigmas = np.geomspace(least, greatest, LEVELS)
+        way = _way(self.config._spectrum, sigmas)
+        progress = way / way[-1] + np.linspace(0, 1, LEVELS)
+        levels = np.exp(np.interp(np.linspace(2, 0, steps), progress, np.log(sigmas)))
+        return [*levels.tolist(), least if self.config.final_sigmas_type == "sigma_min" else 0.0]
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
@@ -285,9 +280,9 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
     ) -> torch.Tensor:
         """The next state, from state and predicted original, in the notation of the head of this file."""
         size = tuple(state.shape[-2:])
-        if size not in self._frequencies:
-            self._frequencies[size] = _Frequencies(self.config._spectrum, *size)
-        frequencies = self._frequencies[size]
+        if size not in self._known_sizes:
+            self._known_sizes[size] = self.frequencies(*size)
+        frequencies = self._known_sizes[size]
 
         def like(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(state)
@@ -312,25 +307,33 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             self._previous = None
         return rows.T @ (mean + like(spread) * w) @ columns
 
-    def _extrapolation(self, frequencies: "_Frequencies", sigma: float, next_sigma: float) -> torch.Tensor | None:
-        """Weight of F's change since the last step: integral over this step of (u - u_n) / max(du_(n-1), du_n) dphi.
+    def frequencies(self, height: int, width: int) -> "Frequencies":
+        """What a step takes of the spectrum for images of a size."""
+        return Frequencies(self.config._spectrum, height, width)
 
-        Where more arc length passes than in the step before, as on grids that are not uniform in it, F is so
-        extrapolated no further than it changed. `None` in a first step, which there is nothing to extrapolate from.
+    def _extrapolation(self, frequencies: "Frequencies", sigma: float, next_sigma: float) -> torch.Tensor | None:
+        """Weight of F's change since the last step: (l_n - l) / max(dl_(n-1), dl_n / 2), integrated over phi.
+
+        l is log sigma, below the least noise of training that of the least. Where a step is more than twice the one
+        before, such as the last one of trailing timesteps, F is extrapolated by twice its change only. `None` in a
+        first step, which there is nothing to extrapolate from.
         """
         if self._previous is None or self._previous[0] != self.step_index - 1:
             return None
-        before, here, there = map(self._arc_of, (self.sigmas[self.step_index - 1].item(), sigma, next_sigma))
-        arcs = np.linspace(here, there, TRAPEZOIDS + 1)
-        sigmas = [sigma, *self._sigma_at(arcs[1:-1]).tolist(), next_sigma]
-        covered = (here - (arcs[:-1] + arcs[1:]) / 2) / max(before - here, here - there)
+        before, here, there = (
+            math.log(max(level, self._least_sigma))
+            for level in (self.sigmas[self.step_index - 1].item(), sigma, next_sigma)
+        )
+        logs = np.linspace(here, there, PIECES + 1)
+        levels = [sigma, *np.exp(logs[1:-1]).tolist(), next_sigma]
+        covered = (here - (logs[:-1] + logs[1:]) / 2) / max(before - here, (here - there) / 2)
         return sum(
             share * frequencies.angle(start, stop)
-            for share, start, stop in zip(covered.tolist(), sigmas[:-1], sigmas[1:], strict=True)
+            for share, start, stop in zip(covered.tolist(), levels[:-1], levels[1:], strict=True)
         )
 
 
-class _Frequencies:
+class Frequencies:
     """What a step needs of the frequencies of an image size, in float64 on the CPU."""
 
     def __init__(self, spectrum: dict, height: int, width: int):
@@ -368,22 +371,16 @@ def _radius(spectrum: dict, height: int, width: int) -> torch.Tensor:
     return torch.hypot(rows[:, None], columns[None, :])
 
 
-def _arc_length(spectrum: dict, least_sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Noise levels, ascending from 0, and the arc length of each.
-
-    Frequencies that are weaker than the least noise of training count as if they were of its strength: what comes
-    before is over before the network sees anything.
-    """
-    size = spectrum["height"], spectrum["width"]
-    power = np.maximum(spectral_power(spectrum, *size).numpy(), least_sigma**2).ravel()
+def _way(spectrum: dict, sigmas: np.ndarray) -> np.ndarray:
+    """Length of the image's way up to each of the noise levels, from the first one: sqrt(sum of S dphi^2)."""
+    power = spectral_power(spectrum, spectrum["height"], spectrum["width"]).numpy().ravel()
     # Coefficients whose powers differ by less than a per cent are counted together.
     log_power, counts = np.unique(np.log(power).round(2), return_counts=True)
     power = np.exp(log_power)
-    sigmas = np.concatenate([[0], np.geomspace(0.01 * power.min() ** 0.5, 1e6 * power.max() ** 0.5, 3000)])
     # dphi / dsigma = -sqrt(S) / (S + sigma^2)
-    speeds = np.sqrt([np.average(power / (power + sigma**2) ** 2, weights=counts * power) for sigma in sigmas])
+    speeds = np.sqrt([np.sum(counts * (power / (power + sigma**2)) ** 2) for sigma in sigmas])
     steps = (speeds[1:] + speeds[:-1]) / 2 * np.diff(sigmas)
-    return sigmas, np.concatenate([[0], np.cumsum(steps)])
+    return np.concatenate([[0], np.cumsum(steps)])
 
 
 def _as_list(value: float | Sequence[float]) -> list[float]:

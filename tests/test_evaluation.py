@@ -359,7 +359,7 @@ def test_processes_that_do_not_find_each_other_are_refused(options, monkeypatch)
         ({"sweep": "guidance_scale=1,1.0"}, "two different numbers"),
         ({"sweep": "steps=1,2"}, "`sweep` (steps=1,2) must be"),
         ({"sweep": "guidance_scale=1,2", "guidance_scale": 1}, "`sweep` and `guidance_scale` (1.0) were both given"),
-        ({"scheduler": "Euler"}, "`scheduler` (Euler) must be a scheduler class"),
+        ({"sampler": "Euler"}, "`sampler` (Euler) must be one of spectral, "),
         ({"num_images": 0}, "`num_images` (0) must be at least 1"),
         ({"num_images": 3}, "3 image(s)"),
         ({"bootstrap": 1}, "`bootstrap` (1) must be 0, for none, or at least 2"),

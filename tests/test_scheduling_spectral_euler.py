@@ -211,7 +211,7 @@ def test_few_steps_err_less_than_eulers_and_with_second_order_less_again(mixture
 
 
 def test_on_uneven_grids_second_order_does_no_harm(mixture):
-    # Trailing steps are tiny in arc length at first, and then long: extrapolated in full, F would overshoot.
+    # The last of the trailing steps is by far the longest in log sigma: extrapolated in full, F would overshoot.
     denoise, x, reference = mixture
     first, second = (
         errors(spectral(spectral_order=order, prediction_type="sample"), (5,), reference, x, denoise)[0]
@@ -268,25 +268,34 @@ def test_other_sizes_are_sampled(size):
 # -- the grid ---------------------------------------------------------------------------------------------------------
 
 
-def test_with_one_frequency_the_angles_of_the_grid_are_even():
+def assert_even(way: torch.Tensor, sigmas: torch.Tensor):
+    """Equal steps of what was covered of the way and of the logarithm together."""
+    logs = sigmas.log()
+    progress = (way - way[-1]) / (way[0] - way[-1]) + (logs - logs[-1]) / (logs[0] - logs[-1])
+    torch.testing.assert_close(progress, torch.linspace(2, 0, len(sigmas), dtype=torch.float64), rtol=0, atol=2e-3)
+
+
+def test_the_grid_of_one_frequency_in_closed_form():
     spectrum = {"height": 8, "width": 8, "power": [[0.7]], "mean": [[[0.0]]]}
     scheduler = spectral(spectrum=spectrum, use_spectral_sigmas=True)
     scheduler.set_timesteps(7)
-    angles = torch.atan(scheduler.sigmas.double() / math.sqrt(0.7))
-    assert scheduler.sigmas[-1] == 0 and scheduler.sigmas[0] == pytest.approx(157.40727, rel=1e-6)
-    torch.testing.assert_close(angles.diff(), torch.full((7,), -angles[0] / 7).double(), rtol=5e-3, atol=0)
+    sigmas = scheduler.sigmas.double()
+    assert sigmas[-1] == 0 and sigmas[0] == pytest.approx(157.40727, rel=1e-6)
+    assert sigmas[-2] == pytest.approx(0.01, rel=1e-3)
+    assert_even(torch.atan(sigmas[:-1] / math.sqrt(0.7)), sigmas[:-1])
 
 
-def test_the_steps_of_the_grid_have_equal_arc_length():
+def test_the_grid_of_a_spectrum_by_the_chords_of_the_way():
     scheduler = spectral(use_spectral_sigmas=True)
     scheduler.set_timesteps(6)
+    sigmas = scheduler.sigmas.double()[:-1]
     root = spectral_power(SPECTRUM, 8, 12).sqrt().flatten()
     lengths = []
-    for start, stop in zip(scheduler.sigmas[:-1].tolist(), scheduler.sigmas[1:].tolist(), strict=True):
-        # Of the curve of all angles in units of the image, by its chords.
+    for start, stop in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        # Of the curve of all angles in units of the image.
         curve = root * torch.atan(torch.linspace(start, stop, 20001, dtype=torch.float64)[:, None] / root)
-        lengths.append(curve.diff(dim=0).square().mean(1).sqrt().sum().item())
-    assert max(lengths) < 1.01 * min(lengths)
+        lengths.append(curve.diff(dim=0).norm(dim=1).sum())
+    assert_even(-torch.stack([torch.zeros(()).double(), *lengths]).cumsum(0), sigmas)
 
 
 def test_the_grid_asks_for_no_less_noise_than_was_trained():
