@@ -76,16 +76,16 @@ def test_run_learns_and_leaves_everything_behind(tmp_path, options):
     assert pipeline.id2label == dict(enumerate(classes))
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert describe_sampler(type(pipeline.scheduler).__name__, pipeline.scheduler.config) == (
-        "EulerDiscreteScheduler, trailing spacing"
+        "SpectralEulerDiscreteScheduler, second order, spectral noise levels"
     )
 
-    # It knows the spectrum of what it was trained on, for the samplers that ask for it.
+    # It knows the spectrum of what it was trained on.
     train_images, _ = load_images(config.data)
     pixels = train_images.images(range(len(train_images))).float() / 127.5 - 1
     statistics = SpectrumStatistics()
     statistics.update(pixels)
     assert pipeline.scheduler.config._spectrum == statistics.spectrum()
-    assert make_sampler("spectral", pipeline.scheduler.config).config._spectrum == statistics.spectrum()
+    assert make_sampler("euler", pipeline.scheduler.config).config._spectrum == statistics.spectrum()
 
     # Its samples are the preview.
     pipeline.set_progress_bar_config(disable=True)

@@ -152,7 +152,7 @@ class ObjectiveConfig:
 class SamplingConfig:
     _argument_group_name = "sampling (previews, and the scheduler saved with the pipeline)"
 
-    sampler: str = knob("euler", f"{'; '.join(f'{name}: {sampler.help}' for name, sampler in SAMPLERS.items())}.")
+    sampler: str = knob("spectral", f"{'; '.join(f'{name}: {sampler.help}' for name, sampler in SAMPLERS.items())}.")
     num_inference_steps: int = knob(20, "Steps of previews.")
     guidance_scale: float = knob(2.5, "Guidance of previews; 1 where the model has no null condition.")
     num_previews: int = knob(16, "Images of a preview grid.")
