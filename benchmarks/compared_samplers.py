@@ -33,11 +33,11 @@ class DPMOnSpectralGrid(DPMSolverMultistepScheduler):
         super().set_timesteps(num_inference_steps, device)
         other = configure(SPECTRAL, self.config, **SPECTRAL_GRID)
         other.set_timesteps(num_inference_steps, device)
-        self.sigmas, self.timesteps = other.sigmas.cpu(), other.timesteps
+        self.sigmas, self.timesteps = other.sigmas, other.timesteps
 
 
 # Name -> class and arguments. Grids that are not of timesteps run from the greatest noise of training to the least.
-SAMPLERS = {
+COMPARED = {
     "Euler, linspace (source)": (EulerDiscreteScheduler, LINSPACE),
     "Euler, trailing": (EulerDiscreteScheduler, TRAILING),
     "Euler, Karras": (EulerDiscreteScheduler, KARRAS),
@@ -60,9 +60,9 @@ SAMPLERS = {
 }
 
 
-def make_scheduler(name: str, config: dict, spectrum: dict) -> SchedulerMixin:
+def compared_scheduler(name: str, config: dict, spectrum: dict) -> SchedulerMixin:
     """A sampler of the table, with the noise schedule and prediction type of `config`."""
-    scheduler, arguments = SAMPLERS[name]
+    scheduler, arguments = COMPARED[name]
     if scheduler is DPMOnSpectralGrid:
         return configure(scheduler, {**config, "_spectrum": spectrum})
     if issubclass(scheduler, SPECTRAL):
@@ -72,7 +72,7 @@ def make_scheduler(name: str, config: dict, spectrum: dict) -> SchedulerMixin:
 
 def steps_for(name: str, evaluations: int) -> int:
     """Steps of a sampler that take at most so many network evaluations: Heun takes two a step, but one in the last."""
-    return (evaluations + 1) // 2 if SAMPLERS[name][0] is HeunDiscreteScheduler else evaluations
+    return (evaluations + 1) // 2 if COMPARED[name][0] is HeunDiscreteScheduler else evaluations
 
 
 def print_table(title: str, columns: list[str], rows: dict[str, list[str]]):

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from compared_samplers import make_scheduler, steps_for
+from compared_samplers import compared_scheduler, steps_for
 from samplers import ACCURATE, Network
 
 from freqgate_dit.training.hardware import use_all_cores
@@ -34,7 +34,7 @@ def main():
         len(rows), arguments.samples, figsize=(1.2 * arguments.samples + 1.6, 1.2 * len(rows)), squeeze=False
     )
     for (name, count), places in zip(rows, axes, strict=True):
-        scheduler = make_scheduler(name, network.config, network.config["_spectrum"])
+        scheduler = compared_scheduler(name, network.config, network.config["_spectrum"])
         latents = network.sample(scheduler, steps_for(name, count), arguments.guidance_scale)
         for image, place in zip(network.pictures(latents).permute(0, 2, 3, 1), places, strict=True):
             place.imshow(image)

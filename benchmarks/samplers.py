@@ -5,8 +5,10 @@
 
 For each sampler and number of network evaluations: the error of a value (root mean square) against Heun with many
 steps, and the variance per band over that of the data; with `--reference` also distances between the decoded samples
-and real images. The error is the solver's alone. A distance is the network's as well, and on an under-trained network
-variance that a solver loses can flatter it. All samplers start from the same noise and labels.
+and real images. All start from the same noise and labels. The error is the solver's. (diffusers' DPM-Solver++ and
+UniPC ask the network at whole timesteps, also on grids that lie between them; at 20 evaluations that is less than a
+twentieth of their error.) A distance is the network's as well, and on an under-trained network variance that a solver
+loses can flatter it.
 
 `--latents` is the folder of the trainer's cache that holds the training latents.
 """
@@ -16,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from compared_samplers import SAMPLERS, joined, make_scheduler, print_table, steps_for
+from compared_samplers import COMPARED, compared_scheduler, joined, print_table, steps_for
 from output import write_result
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -95,7 +97,7 @@ class Distances:
 
 
 def read_statistics(folder: Path) -> SpectrumStatistics:
-    """Of all views of the latents of a trainer's cache folder."""
+    """Of all views of a trainer's cache folder, without the noise that a KL autoencoder's posterior adds."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SystemExit(f"`latents` ({folder}) has no .safetensors files: name a folder of the trainer's cache.")
@@ -135,8 +137,8 @@ def study(arguments: argparse.Namespace) -> dict:
     statistics = read_statistics(arguments.latents)
     spectrum, power = statistics.spectrum(), statistics.power
     distances = Distances(arguments, network.resolution) if arguments.reference else None
-    names = [name for name in SAMPLERS if name in (arguments.samplers or SAMPLERS)]
-    schedulers = {name: make_scheduler(name, network.config, spectrum) for name in SAMPLERS}
+    names = [name for name in COMPARED if name in (arguments.samplers or COMPARED)]
+    schedulers = {name: compared_scheduler(name, network.config, spectrum) for name in COMPARED}
     result = {
         "pipeline": arguments.pipeline.parent.name,
         "prediction_type": network.pipe.config.prediction_type,
@@ -212,7 +214,7 @@ def main():
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--reference_steps", type=int, default=100, help="of Heun; the others take twice that")
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, metavar="NAME", help=f"of: {'; '.join(SAMPLERS)}")
+    parser.add_argument("--samplers", nargs="+", choices=COMPARED, metavar="NAME", help=f"of: {'; '.join(COMPARED)}")
     parser.add_argument("--reference", help="real images for distances, as `training/evaluation.py` takes them")
     parser.add_argument("--features", default="inception", help="network for distances, likewise")
     parser.add_argument("--distance_evaluations", type=int, nargs="+", default=[10, 20], help="where to measure them")

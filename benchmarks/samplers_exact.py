@@ -4,7 +4,7 @@
 
 Gaussian latents: variance that comes out / variance of the data, per band. Independent two-mode mixtures: squared
 Wasserstein-2 distance / power, per band. A mixture of a few images, which is decided by all frequencies together:
-error of a value against the exact flow from the same noise.
+error of a value against Heun with 400 steps from the same noise.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from compared_samplers import SAMPLERS, joined, make_scheduler, print_table, steps_for
+from compared_samplers import COMPARED, compared_scheduler, joined, print_table, steps_for
 from diffusers import EulerDiscreteScheduler
 from output import write_result
 from tqdm.auto import tqdm
@@ -122,7 +122,7 @@ class ImageMixture:
         draws = torch.randn(images, *self.power.shape, generator=generator, dtype=torch.float64)
         self.centres = spectral_mean(SPECTRUM, SIZE, SIZE) + (0.5 * self.power).sqrt() * draws
         self.noise = torch.randn(states, *self.power.shape, generator=generator)
-        self.reference = run(make_scheduler("Heun, Karras", EPSILON, SPECTRUM), self.denoise, self.noise, 400)
+        self.reference = run(compared_scheduler("Heun, Karras", EPSILON, SPECTRUM), self.denoise, self.noise, 400)
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         y, spread = dct2(x)[:, None], 0.5 * self.power + sigma**2
@@ -131,7 +131,7 @@ class ImageMixture:
         return idct2((weights[..., None, None, None] * posterior).sum(1))
 
     def error(self, scheduler, steps: int) -> float:
-        """Root mean square error of a value against the exact flow from the same noise."""
+        """Root mean square error of a value against Heun with 400 steps from the same noise."""
         result = run(scheduler, self.denoise, self.noise, steps)
         return (result - self.reference).square().mean().sqrt().item()
 
@@ -139,10 +139,10 @@ class ImageMixture:
 def exact_study(evaluations: list[int]) -> dict:
     modes, mixture = TwoModes(), ImageMixture()
     result = {"evaluations": evaluations, "bands": [label for *_, label in BANDS], "samplers": {}}
-    for name in tqdm(SAMPLERS, desc="samplers", unit="sampler"):
+    for name in tqdm(COMPARED, desc="samplers", unit="sampler"):
         rows = {"gaussian_variance": {}, "two_mode_distance": {}, "image_mixture_error": {}}
         for count in evaluations:
-            scheduler, steps = make_scheduler(name, EPSILON, SPECTRUM), steps_for(name, count)
+            scheduler, steps = compared_scheduler(name, EPSILON, SPECTRUM), steps_for(name, count)
             rows["gaussian_variance"][count] = gaussian_variance(scheduler, steps)
             rows["two_mode_distance"][count] = modes.distance(scheduler, steps)
             rows["image_mixture_error"][count] = mixture.error(scheduler, steps)
@@ -156,7 +156,7 @@ def print_exact(result: dict):
     for key, title, digits in (
         ("gaussian_variance", f"Gaussian data: variance / true variance ({bands})", 3),
         ("two_mode_distance", f"Two-mode mixtures: squared Wasserstein-2 distance / S ({bands})", 3),
-        ("image_mixture_error", "Mixture of 8 images: error of a value against the exact flow", 4),
+        ("image_mixture_error", "Mixture of 8 images: error of a value against Heun with 400 steps", 4),
     ):
         rows = {
             name: [joined(cell if isinstance(cell, list) else [cell], digits) for cell in row[key].values()]

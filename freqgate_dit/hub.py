@@ -77,7 +77,7 @@ def explain(
     """What to raise instead of an error of the Hub's client: one sentence that says what to do.
 
     Returns:
-        `ValueError` if `repo_id` cannot be one, otherwise `HubError`.
+        `ValueError` if `repo_id` cannot be one; an error that says so already as it is; otherwise `HubError`.
     """
     if isinstance(error, (HubError, DamagedPipelineError)):
         return error

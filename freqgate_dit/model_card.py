@@ -17,13 +17,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from freqgate_dit.files import write_text
 from freqgate_dit.pipeline_folder import weights_variant
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE
+from freqgate_dit.scheduling_spectral_euler import SpectralEulerDiscreteScheduler
 from freqgate_dit.summary import PipelineSummary, metric_text, plain, precision_text, read_summary
 
 
 # Around the digest of all that comes before it: a card that somebody has edited has another.
 MARK, MARK_END = "<!-- made by freqgate_dit, digest ", " -->"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-CODE = {"pipeline_freqgate_dit.py", "transformer/transformer_freqgate_dit.py"}
+CODE = ("pipeline_freqgate_dit.py", "transformer/transformer_freqgate_dit.py")
+SCHEDULER_CODE = "scheduler/scheduling_spectral_euler.py"
 
 # Variant -> what its way of conditioning is called.
 MECHANISMS = {
@@ -115,7 +117,7 @@ class _Card:
             "needs_torch": "torch." in call,
             "guidance_scale": self.guidance_scale(),
             "default_guidance_scale": SOURCE_GUIDANCE_SCALE,
-            "carries_code": CODE <= summary.files.keys(),
+            "code_files": self.code_files(),
             "model_rows": self.model_rows(),
             "class_list": self.class_list(),
             "training": training,
@@ -214,6 +216,15 @@ class _Card:
         guided = self.guidance_scale()
         guidance = f", guidance {guided:g}" if guided is not None and guided != 1 else ""
         return f" from fixed seeds, {self.config['num_inference_steps']} steps{guidance}"
+
+    def code_files(self) -> str:
+        """The files that run where the package is not installed, in words; empty if they are not all there."""
+        is_spectral = self.summary.scheduler["_class_name"] == SpectralEulerDiscreteScheduler.__name__
+        names = [*CODE, *([SCHEDULER_CODE] if is_spectral else [])]
+        if not all(name in self.summary.files for name in names):
+            return ""
+        *first, last = map(code, names)
+        return f"{', '.join(first)} and {last}"
 
     # -- tables -------------------------------------------------------------------------------------------------------
 

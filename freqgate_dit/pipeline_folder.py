@@ -141,27 +141,33 @@ def refuse_incomplete_repository(
     """Raise if `names`, the files of a repository, do not have all that a pipeline is loaded from."""
     for component in components:
         here = [name for name in names if name.startswith(f"{component}/")]
-        lacking = missing_part(here, component, variant, any_variant=not weights)
-        if lacking and (weights or "configuration" in lacking):
+        lacking = missing_part(here, component, variant, weights=weights)
+        if lacking:
             raise DamagedPipelineError(
                 f"the repository {repo_id!r} lacks {lacking}: name an older `revision`, or ask its author to push it "
                 "again."
             )
 
 
-def missing_part(names: list[str], component: str, variant: str | None, any_variant: bool = False) -> str | None:
-    """What `names`, the files of a component, lack for it to be loaded, in words; `None` if they lack nothing."""
+def missing_part(
+    names: list[str], component: str, variant: str | None, any_variant: bool = False, weights: bool = True
+) -> str | None:
+    """What `names`, the files of a component, lack for it to be loaded, in words; `None` if they lack nothing.
+
+    Args:
+        variant: of the weights, or whichever are there with `any_variant`; without `weights` they are not looked for.
+    """
     if not any(name.endswith("config.json") for name in names):
         return f"the configuration of its {component}"
-    if f"{component}/config.json" not in names:
-        return None  # a scheduler or a tokenizer
+    if not weights or f"{component}/config.json" not in names:  # a scheduler or a tokenizer has none
+        return None
     found = [name for name in names if name.endswith(WEIGHTS)]
-    weights = found if any_variant else [name for name in files_to_load(names, [component], variant) if name in found]
-    if not weights:
+    needed = found if any_variant else [name for name in files_to_load(names, [component], variant) if name in found]
+    if not needed:
         variants = sorted({weights_variant(name) for name in found} - {None})
         there = f"only those of {' and '.join(map(repr, variants))} are there" if variants else "none at all"
         return f"the weights of its {component} (`variant` {variant!r}; {there})"
-    for name in weights:
+    for name in needed:
         piece = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.\w+)", name)
         pieces = [f"{piece[1]}{number:05d}{piece[2]}" for number in range(1, int(piece[3]) + 1)] if piece else []
         for other in pieces:

@@ -9,6 +9,7 @@ import difflib
 import inspect
 from typing import NamedTuple
 
+import diffusers
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -49,13 +50,15 @@ SAMPLERS = {
 
 # Option of a scheduler -> its noise levels in words.
 GRIDS = {
+    "use_spectral_sigmas": "spectral",
     "use_karras_sigmas": "Karras'",
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
     "use_lu_lambdas": "Lu's",
 }
-
-# Options that are no switch, and what they are where nothing else is said.
+# What else a grid of noise levels is made by; a scheduler's own defaults are taken for it.
+OF_GRID = ("interpolation_type", "sigma_min", "sigma_max", "final_sigmas_type", "steps_offset")
+# Likewise, with what is taken where nothing else is said.
 PLAIN = {"timestep_spacing": "linspace", "spectral_order": 1}
 
 
@@ -78,8 +81,8 @@ def make_sampler(name: str, config: dict, spectrum: dict | None = None) -> Sched
     if SAMPLERS[name].scheduler is SpectralEulerDiscreteScheduler and not config.get("_spectrum"):
         others = [other for other in SAMPLERS if SAMPLERS[other].scheduler is not SpectralEulerDiscreteScheduler]
         raise ValueError(
-            f"`sampler` ({name}) needs the spectrum of the training data, which the trainer keeps with a pipeline; "
-            f"here is none: pass `spectrum`, or choose one of {', '.join(others)}."
+            f"`sampler` ({name}) needs the spectrum of the training data, and there is none: the pipeline was saved "
+            f"without one, or all of its training images are alike. Choose {', '.join(others[:-1])} or {others[-1]}."
         )
     return configure(SAMPLERS[name].scheduler, config, **SAMPLERS[name].arguments)
 
@@ -89,30 +92,41 @@ def configure(scheduler: type[SchedulerMixin], config: dict, **arguments) -> Sch
 
     diffusers' `from_config` alone keeps the grid that was (Karras' levels, say), clips x0 to [-1, 1] where it comes
     from a `DDPMScheduler`, and loses what is marked as a default in `config`, as Heun's default betas are others.
+
+    Raises:
+        ValueError: if the class has no way to the noise schedule of `config`.
     """
+    known = inspect.signature(scheduler).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise ValueError(
+            f"{scheduler.__name__} cannot sample betas that were rescaled to zero terminal SNR: choose another one."
+        )
     kept = {name: value for name, value in config.items() if not _is_of_grid(name.lstrip("_"))}
     kept |= {"_use_default_values": [], "clip_sample": False, "thresholding": False}
-    grid = {name: False for name in inspect.signature(scheduler).parameters if _is_of_grid(name)}
-    grid |= {name: value for name, value in PLAIN.items() if name in grid}
+    grid = {name: False for name in known if name in GRIDS}
+    grid |= {name: value for name, value in PLAIN.items() if name in known}
     return scheduler.from_config(kept, **{**grid, **arguments})
 
 
 def _is_of_grid(name: str) -> bool:
-    return name in PLAIN or (name.startswith("use_") and name.endswith(("_sigmas", "_lambdas")))
+    return name in GRIDS or name in PLAIN or name in OF_GRID
 
 
 def describe_sampler(class_name: str, config: dict) -> str:
-    """A scheduler in words: "SpectralEulerDiscreteScheduler, second order, spectral noise levels"."""
-    parts, grids = [class_name], {}
-    if class_name == SpectralEulerDiscreteScheduler.__name__:
-        own = {name: config.get(f"_{name}") for name in OWN_ARGUMENTS}
-        parts += ["second order"] if own["spectral_order"] == 2 else []
-        parts += [f"temperature {own['temperature']}"] if own["temperature"] != 1 else []
-        grids = {"spectral": own["use_spectral_sigmas"]}
-    grids |= {label: config.get(option) for option, label in GRIDS.items()}
-    chosen = [label for label, is_on in grids.items() if is_on]
+    """A scheduler in words: "SpectralEulerDiscreteScheduler, second order, spectral noise levels".
+
+    A config keeps options of schedulers that it came from; only those that the class has say something.
+    """
+    is_spectral = class_name == SpectralEulerDiscreteScheduler.__name__
+    scheduler = SpectralEulerDiscreteScheduler if is_spectral else getattr(diffusers, class_name, None)
+    known = inspect.signature(scheduler).parameters if scheduler else ()
+    value = {name: config.get(f"_{name}" if name in OWN_ARGUMENTS else name) for name in known}
+    parts = [class_name]
+    parts += ["second order"] if value.get("spectral_order") == 2 else []
+    parts += [f"temperature {value['temperature']}"] if value.get("temperature") not in (None, 1) else []
+    chosen = [label for option, label in GRIDS.items() if value.get(option)]
     if chosen:
         parts.append(f"{chosen[0]} noise levels")
-    elif config.get("timestep_spacing"):
-        parts.append(f"{config['timestep_spacing']} spacing")
+    elif value.get("timestep_spacing"):
+        parts.append(f"{value['timestep_spacing']} spacing")
     return ", ".join(parts)

@@ -16,7 +16,8 @@ repositories that use it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         }
         self.register_to_config(**{f"_{name}": own[name] for name in OWN_ARGUMENTS})
         self._least_sigma = self.sigmas[-2].item()
-        self._known_sizes: dict[tuple[int, int], Frequencies] = {}
+        self._known: dict[tuple, NamedTuple] = {}
         self._previous = None
 
     @classmethod
@@ -193,7 +194,10 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             and sigmas is None
         ):
             num_inference_steps, sigmas = None, self._spectral_sigmas(num_inference_steps)
+        before = self.sigmas
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+        if not torch.equal(before, self.sigmas):
+            self._known.clear()
 
     def _spectral_sigmas(self, steps: int) -> list[float]:
         greatest = self.config.sigma_max or ((1 - self.alphas_cumprod[-1]) / self.alphas_cumprod[-1]).sqrt().item()
@@ -253,13 +257,13 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
 
-        sigma, next_sigma = self.sigmas[self.step_index : self.step_index + 2].tolist()
+        sigma = self.sigmas[self.step_index].item()
         dtype = torch.promote_types(sample.dtype, torch.float32)
         # float16 and bfloat16 would bury the weak frequencies in the rounding of the strong ones.
         with torch.autocast(sample.device.type, enabled=False):
             state = sample.to(dtype)
             pred_original_sample = self._predict_original(model_output.to(dtype), state, sigma)
-            prev_sample = self._turn_clocks(state, pred_original_sample, sigma, next_sigma).to(sample.dtype)
+            prev_sample = self._turn_clocks(state, pred_original_sample).to(sample.dtype)
         self._step_index += 1
         if not return_dict:
             return prev_sample, pred_original_sample
@@ -275,57 +279,62 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             return state / (sigma**2 + 1) - model_output * (sigma / math.sqrt(sigma**2 + 1))
         raise ValueError(f"`prediction_type` ({prediction_type!r}) must be 'epsilon', 'v_prediction' or 'sample'.")
 
-    def _turn_clocks(
-        self, state: torch.Tensor, original: torch.Tensor, sigma: float, next_sigma: float
-    ) -> torch.Tensor:
+    def _turn_clocks(self, state: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
         """The next state, from state and predicted original, in the notation of the head of this file."""
-        size = tuple(state.shape[-2:])
-        if size not in self._known_sizes:
-            self._known_sizes[size] = self.frequencies(*size)
-        frequencies = self._known_sizes[size]
+        size, step = tuple(state.shape[-2:]), self.step_index
+        follows = self._previous is not None and self._previous[0] == step - 1
+        frame = self._kept(state, size, lambda: self.frequencies(*size).frame)
+        turn = self._kept(state, (size, step, follows), lambda: self._turn(self.frequencies(*size), step, follows))
 
-        def like(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(state)
+        deviation, predicted = frame.rows @ torch.stack([state, original]) @ frame.columns.T - frame.mean
+        velocity = (predicted - turn.wiener * deviation) * turn.gain
+        w = deviation * turn.whitening + turn.angle * velocity
+        if turn.ahead is not None:
+            w = w + turn.ahead * (velocity - self._previous[1])
+        is_last = step + 2 == len(self.sigmas)
+        self._previous = None if is_last or self.config._spectral_order == 1 else (step, velocity)
+        return frame.rows.T @ (frame.mean + turn.spread * w) @ frame.columns
 
-        mean, power, root = like(frequencies.mean), frequencies.power, frequencies.root
-        spread = torch.hypot(root, torch.tensor(sigma, dtype=root.dtype))
-        rows, columns = like(frequencies.rows), like(frequencies.columns)
-        deviation, predicted = rows @ torch.stack([state, original]) @ columns.T - mean
-        w = deviation * like(1 / spread)
-        velocity = (predicted - like(power / spread**2) * deviation) * like(spread / (sigma * root))
-
-        w = w + like(frequencies.angle(sigma, next_sigma)) * velocity
-        if self.config._spectral_order == 2:
-            ahead = self._extrapolation(frequencies, sigma, next_sigma)
-            if ahead is not None:
-                w = w + like(ahead) * (velocity - self._previous[1])
-            self._previous = (self.step_index, velocity)
-
-        spread = torch.hypot(root, torch.tensor(next_sigma, dtype=root.dtype))
-        if self.step_index + 2 == len(self.sigmas):
-            spread = spread * frequencies.octave_scale(self.config._temperature)
-            self._previous = None
-        return rows.T @ (mean + like(spread) * w) @ columns
+    def _kept(self, state: torch.Tensor, what, compute: Callable[[], NamedTuple]) -> NamedTuple:
+        """What `compute` returns, on the device of `state`, computed once as long as the noise levels are the same."""
+        key = (what, state.device, state.dtype)
+        if key not in self._known:
+            tensors = compute()
+            self._known[key] = type(tensors)(*(None if tensor is None else tensor.to(state) for tensor in tensors))
+        return self._known[key]
 
     def frequencies(self, height: int, width: int) -> "Frequencies":
-        """What a step takes of the spectrum for images of a size."""
+        """What steps take of the spectrum for images of a size."""
         return Frequencies(self.config._spectrum, height, width)
 
-    def _extrapolation(self, frequencies: "Frequencies", sigma: float, next_sigma: float) -> torch.Tensor | None:
+    def _turn(self, frequencies: "Frequencies", step: int, follows: bool) -> "Turn":
+        sigma, next_sigma = self.sigmas[step : step + 2].tolist()
+        power, root = frequencies.power, frequencies.root
+        spread, next_spread = ((power + level**2).sqrt() for level in (sigma, next_sigma))
+        if step + 2 == len(self.sigmas):
+            next_spread = next_spread * frequencies.octave_scale(self.config._temperature)
+        return Turn(
+            whitening=1 / spread,
+            wiener=power / spread**2,
+            gain=spread / (sigma * root),
+            angle=frequencies.angle(sigma, next_sigma),
+            ahead=self._extrapolation(frequencies, step) if follows else None,
+            spread=next_spread,
+        )
+
+    def _extrapolation(self, frequencies: "Frequencies", step: int) -> torch.Tensor | None:
         """Weight of F's change since the last step: (l_n - l) / max(dl_(n-1), dl_n / 2), integrated over phi.
 
         l is log sigma, below the least noise of training that of the least. Where a step is more than twice the one
-        before, such as the last one of trailing timesteps, F is extrapolated by twice its change only. `None` in a
-        first step, which there is nothing to extrapolate from.
+        before, such as the last one of trailing timesteps, F is extrapolated by twice its change only. `None` where
+        there is nothing to extrapolate from, as l has not changed.
         """
-        if self._previous is None or self._previous[0] != self.step_index - 1:
+        sigmas = self.sigmas[step - 1 : step + 2].tolist()
+        before, here, there = (math.log(max(level, self._least_sigma)) for level in sigmas)
+        if before <= here:
             return None
-        before, here, there = (
-            math.log(max(level, self._least_sigma))
-            for level in (self.sigmas[self.step_index - 1].item(), sigma, next_sigma)
-        )
         logs = np.linspace(here, there, PIECES + 1)
-        levels = [sigma, *np.exp(logs[1:-1]).tolist(), next_sigma]
+        levels = [sigmas[1], *np.exp(logs[1:-1]).tolist(), sigmas[2]]
         covered = (here - (logs[:-1] + logs[1:]) / 2) / max(before - here, (here - there) / 2)
         return sum(
             share * frequencies.angle(start, stop)
@@ -333,14 +342,34 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         )
 
 
+class Frame(NamedTuple):
+    """Orthonormal DCT matrices `(H, H)` and `(W, W)`, and the mean of the coefficients `(C, H, W)`."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    mean: torch.Tensor
+
+
+class Turn(NamedTuple):
+    """Factors of a step, each `(C, H, W)`: w = whitening dx, F = gain (dx0_hat - wiener dx), w' = w + angle F, and of
+    second order + ahead (F - F_before); dx' = spread w'.
+    """
+
+    whitening: torch.Tensor
+    wiener: torch.Tensor
+    gain: torch.Tensor
+    angle: torch.Tensor
+    ahead: torch.Tensor | None
+    spread: torch.Tensor
+
+
 class Frequencies:
-    """What a step needs of the frequencies of an image size, in float64 on the CPU."""
+    """The frequencies of an image size, in float64 on the CPU."""
 
     def __init__(self, spectrum: dict, height: int, width: int):
         self.power = spectral_power(spectrum, height, width)
         self.root = self.power.sqrt()
-        self.mean = spectral_mean(spectrum, height, width)
-        self.rows, self.columns = _dct_matrix(height), _dct_matrix(width)
+        self.frame = Frame(_dct_matrix(height), _dct_matrix(width), spectral_mean(spectrum, height, width))
 
     def angle(self, sigma: float, next_sigma: float) -> torch.Tensor:
         """phi(sigma) - phi(next_sigma) of every coefficient, without the cancellation of two arcs near pi/2."""
@@ -397,10 +426,23 @@ def _check_spectrum(spectrum: dict | None):
     missing = [name for name in ("height", "width", "power", "mean") if name not in spectrum]
     if missing:
         raise ValueError(f"`spectrum` lacks {missing}: it has {list(spectrum)}.")
-    power = spectrum["power"]
-    if not power or not power[0] or any(len(row) != len(power[0]) for row in power):
-        raise ValueError(f"`spectrum` must have a list of power of one length for each channel; it has {power}.")
-    if not all(0 < value < math.inf for row in power for value in row):
-        raise ValueError(f"`spectrum` has power that is not positive: {power}. Give every frequency some power.")
-    if len(spectrum["mean"]) != len(power):
-        raise ValueError(f"`spectrum` has power of {len(power)} channels, but the mean of {len(spectrum['mean'])}.")
+    for name in ("height", "width"):
+        if type(spectrum[name]) is not int or spectrum[name] < 1:
+            raise ValueError(f"`spectrum` has the {name} {spectrum[name]!r}: give the size of the data in pixels.")
+    try:
+        power, mean = (np.array(spectrum[name], dtype=np.float64) for name in ("power", "mean"))
+    except ValueError as error:
+        raise ValueError(f"`spectrum` has rows of unequal lengths ({error}): give all channels as many.") from error
+    if power.ndim != 2 or mean.ndim != 3 or 0 in power.shape + mean.shape or len(power) != len(mean):
+        raise ValueError(
+            f"`spectrum` has power of shape {power.shape} and the mean of shape {mean.shape}; expected (channels, "
+            "rings) and (channels, rows, columns)."
+        )
+    for name, values, good in (
+        ("power", power, np.isfinite(power) & (power > 0)),
+        ("mean", mean, np.isfinite(mean)),
+    ):
+        if not good.all():
+            where = tuple(np.argwhere(~good)[0].tolist())
+            kind = "positive" if name == "power" else "finite"
+            raise ValueError(f"`spectrum` has the {name} {values[where]} at {where}, which must be {kind}.")

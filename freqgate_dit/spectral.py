@@ -151,7 +151,8 @@ class SpectrumStatistics:
         """What `SpectralEulerDiscreteScheduler` takes as `spectrum`: numbers and lists, ready for JSON.
 
         Power by radial frequency ([`radial_power`]), and the means of the lowest `MEAN_SIZE` x `MEAN_SIZE`
-        coefficients divided by `sqrt(H * W)`, which makes entry (0, 0) the mean of the channel.
+        coefficients divided by `sqrt(H * W)`, which makes entry (0, 0) the mean of the channel. What the mean image
+        has beyond those counts as power.
 
         Raises:
             ValueError: with fewer than two images, or if all are equal.
@@ -159,8 +160,10 @@ class SpectrumStatistics:
         if self.count < 2 or not self.power.any():
             raise ValueError(f"{self.count} images that do not differ have no spectrum: take in more of them.")
         height, width = self.power.shape[-2:]
+        beyond = self.mean.square()
+        beyond[:, :MEAN_SIZE, :MEAN_SIZE] = 0
         # What never varies, such as a black margin, still needs a clock.
-        power = radial_power(self.power).clamp(min=LEAST_POWER * self.power.mean().item())
+        power = radial_power(self.power + beyond).clamp(min=LEAST_POWER * self.power.mean().item())
         mean = self.mean[:, :MEAN_SIZE, :MEAN_SIZE] / math.sqrt(height * width)
         return {"height": height, "width": width, "power": _rounded(power), "mean": _rounded(mean)}
 

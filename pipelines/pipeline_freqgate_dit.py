@@ -301,6 +301,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         index = json.loads(index_file.read_text(encoding="utf-8"))
         index.pop("_name_or_path", None)
         index["_freqgate_dit_version"] = __version__
+        # Of a scheduler that another one has replaced.
+        (folder / "scheduler" / "scheduling_spectral_euler.py").unlink(missing_ok=True)
         for name, value in index.items():
             # Ours are the package's modules, or copies of them that came with a repository.
             if isinstance(value, list) and str(value[0]).split(".")[0] in ("freqgate_dit", "diffusers_modules"):

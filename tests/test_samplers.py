@@ -1,11 +1,12 @@
 """Samplers by name keep the noise schedule and nothing of the grid that was, whatever they come from."""
 
+import inspect
 import itertools
 
 import pytest
 import torch
 from components import SPECTRUM, make_pipeline, sample
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from freqgate_dit.samplers import SAMPLERS, configure, describe_sampler, make_sampler
 
@@ -34,8 +35,29 @@ def test_a_sampler_from_the_scheduler_of_training(name):
 def test_a_sampler_from_another_one_is_the_same(first, second):
     expected = make_sampler(second, TRAINING.config, SPECTRUM)
     there = make_sampler(second, make_sampler(first, TRAINING.config, SPECTRUM).config)
-    assert torch.equal(sigmas(there), sigmas(expected))
-    assert describe_sampler("X", there.config) == describe_sampler("X", expected.config)
+    assert torch.equal(sigmas(there), sigmas(expected)) and torch.equal(there.timesteps, expected.timesteps)
+    assert torch.equal(there.alphas_cumprod, TRAINING.alphas_cumprod) and there.config._spectrum == SPECTRUM
+    name = type(there).__name__
+    assert describe_sampler(name, there.config) == describe_sampler(name, expected.config)
+    for option in inspect.signature(type(there)).parameters:
+        assert there.config.get(option, there.config.get(f"_{option}")) == (
+            expected.config.get(option, expected.config.get(f"_{option}"))
+        ), option
+
+
+def test_nothing_of_another_grid_is_kept():
+    grid = {"interpolation_type": "log_linear", "sigma_min": 0.1, "final_sigmas_type": "sigma_min", "steps_offset": 1}
+    config = EulerDiscreteScheduler(timestep_spacing="leading", use_karras_sigmas=True, **grid).config
+    for name in SAMPLERS:
+        ours, expected = (make_sampler(name, c, SPECTRUM) for c in (config, EulerDiscreteScheduler().config))
+        assert torch.equal(sigmas(ours), sigmas(expected)) and torch.equal(ours.timesteps, expected.timesteps)
+
+
+def test_betas_of_zero_terminal_snr_are_kept_or_refused():
+    config = EulerDiscreteScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").config
+    assert sigmas(make_sampler("spectral", config, SPECTRUM))[0] == pytest.approx(4096, rel=1e-3)
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler cannot sample betas that were rescaled"):
+        make_sampler("heun", config)
 
 
 def test_the_source_samples_as_it_did():
@@ -80,11 +102,14 @@ def test_descriptions():
     warm = make_sampler("spectral", {**TRAINING.config, "_temperature": 0.9}, SPECTRUM)
     assert "temperature 0.9" in describe_sampler("SpectralEulerDiscreteScheduler", warm.config)
     assert describe_sampler("EDMEulerScheduler", {}) == "EDMEulerScheduler"
+    # What other schedulers have left in a config is not this one's.
+    ddim = DDIMScheduler.from_config(make_sampler("dpm", TRAINING.config).config)
+    assert describe_sampler("DDIMScheduler", ddim.config) == "DDIMScheduler, linspace spacing"
 
 
 def test_errors():
     with pytest.raises(ValueError, match=r"`sampler` \(spectre\) must be one of spectral, .*did you mean spectral\?"):
         make_sampler("spectre", TRAINING.config)
     for name in ("spectral", "spectral_euler"):
-        with pytest.raises(ValueError, match=rf"`sampler` \({name}\) needs the spectrum .* choose one of dpm, "):
+        with pytest.raises(ValueError, match=rf"`sampler` \({name}\) needs the spectrum .*Choose dpm, .* or source"):
             make_sampler(name, TRAINING.config)

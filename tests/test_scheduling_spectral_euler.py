@@ -220,6 +220,44 @@ def test_on_uneven_grids_second_order_does_no_harm(mixture):
     assert second < 1.05 * first
 
 
+@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("levels", ["spectral", "trailing"])
+def test_the_weight_of_second_order_by_fine_quadrature(levels, step):
+    scheduler = spectral(spectral_order=2, use_spectral_sigmas=levels == "spectral")
+    scheduler.set_timesteps(6)
+    frequencies = scheduler.frequencies(8, 12)
+    ahead = scheduler._turn(frequencies, step, True).ahead
+    before, here, there = scheduler.sigmas[step - 1 : step + 2].tolist()
+    log = torch.linspace(math.log(here), math.log(there), 4001, dtype=torch.float64)
+    phi = torch.atan(log.exp() / frequencies.root[..., None])
+    covered = (log[0] - (log[1:] + log[:-1]) / 2) / max(math.log(before / here), math.log(here / there) / 2)
+    expected = (covered * (phi[..., :-1] - phi[..., 1:])).sum(-1)
+    torch.testing.assert_close(ahead, expected, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", ["spectral", "karras", "exponential"])
+def test_levels_below_the_least_noise_of_training_are_sampled(grid, mixture):
+    denoise, x, _ = mixture
+    scheduler = spectral(spectral_order=2, sigma_min=0.002, prediction_type="sample", **{f"use_{grid}_sigmas": True})
+    assert run(scheduler, denoise, x, 20).isfinite().all() and scheduler.sigmas[-2] < 0.003
+    scheduler = spectral(spectral_order=2, prediction_type="sample")
+    scheduler.set_timesteps(sigmas=[10.0, 1.0, 0.1, 0.008, 0.004, 0.0])
+    assert run(scheduler, denoise, x).isfinite().all()
+
+
+def test_after_a_step_that_was_left_out_the_first_order_is_taken(mixture):
+    denoise, x, _ = mixture
+    results = []
+    for order in (1, 2):
+        scheduler = spectral(spectral_order=order, prediction_type="sample")
+        scheduler.set_timesteps(5)
+        scheduler.scale_model_input(x, scheduler.timesteps[0])
+        state = scheduler.step(denoise(x, 9.0), scheduler.timesteps[0], x).prev_sample
+        scheduler._step_index = 2
+        results.append(scheduler.step(denoise(state, 3.0), scheduler.timesteps[2], state).prev_sample)
+    assert torch.equal(*results)
+
+
 # -- the spectrum on other sizes --------------------------------------------------------------------------------------
 
 
@@ -488,10 +526,19 @@ def test_temperature_is_the_variance_of_each_octave(way):
     [
         ({"spectrum": None}, "`spectrum` is missing: pass `spectrum=statistics.spectrum\\(\\)`"),
         ({"spectrum": {"height": 8, "power": [[1.0]]}}, r"lacks \['width', 'mean'\]"),
-        ({"spectrum": {**SPECTRUM, "power": [[1.0, 0.0]] * 2}}, "not positive"),
-        ({"spectrum": {**SPECTRUM, "power": [[1.0], [1.0, 2.0]]}}, "of one length"),
-        ({"spectrum": {**SPECTRUM, "power": [[1.0, math.nan]] * 2}}, "not positive"),
-        ({"spectrum": {**SPECTRUM, "mean": [[[0.0]]]}}, "2 channels, but the mean of 1"),
+        ({"spectrum": {**SPECTRUM, "power": [[1.0, 0.0]] * 2}}, r"power 0.0 at \(0, 1\), which must be positive"),
+        ({"spectrum": {**SPECTRUM, "power": [[1.0], [1.0, 2.0]]}}, "unequal lengths"),
+        ({"spectrum": {**SPECTRUM, "power": [[1.0, math.nan]] * 2}}, r"power nan at \(0, 1\), which"),
+        ({"spectrum": {**SPECTRUM, "power": []}}, r"power of shape \(0,\)"),
+        ({"spectrum": {**SPECTRUM, "mean": [[[0.0]]]}}, r"the mean of shape \(1, 1, 1\)"),
+        ({"spectrum": {**SPECTRUM, "mean": [1.0, 2.0]}}, r"the mean of shape \(2,\)"),
+        (
+            {"spectrum": {**SPECTRUM, "mean": [[[math.nan]], [[0.0]]]}},
+            r"mean nan at \(0, 0, 0\), which must be finite",
+        ),
+        ({"spectrum": {**SPECTRUM, "mean": [[[0.0]], [[0.0, 1.0]]]}}, "unequal lengths"),
+        ({"spectrum": {**SPECTRUM, "height": 0}}, "the height 0: give the size"),
+        ({"spectrum": {**SPECTRUM, "width": "12"}}, "the width '12': give the size"),
         ({"spectral_order": 3}, r"`spectral_order` \(3\)"),
         ({"use_spectral_sigmas": True, "use_karras_sigmas": True}, "cannot be combined"),
         ({"temperature": 0.0}, r"`temperature` \(0.0\)"),

@@ -173,6 +173,16 @@ def test_white_noise_has_power_one():
     assert power == pytest.approx([1.0] * len(power), rel=0.1)
 
 
+def test_what_the_mean_has_beyond_its_block_counts_as_power():
+    images = torch.randn(500, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pattern = torch.zeros(1, 16, 16, dtype=torch.float64)
+    pattern[0, 3, 2], pattern[0, 12, 0] = 5.0, 4.0
+    (plain,), (power,) = (statistics_of(x).spectrum()["power"] for x in (images, images + idct2(pattern)))
+    rise = radial_power(pattern.square())[0].clone()
+    rise[round(math.hypot(3, 2))] = 0  # within the block: that is the mean's
+    assert [new - old for new, old in zip(power, plain, strict=True)] == pytest.approx(rise.tolist(), abs=0.1)
+
+
 def test_what_never_varies_still_has_a_clock():
     images = torch.randn(10, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     images[:, 1] = 0.5

@@ -367,9 +367,14 @@ def default_values() -> dict:
     }
 
 
+RETIRED = {"timestep_spacing": "give `sampler` in its place, euler for trailing, source for linspace."}
+
+
 def check_known(names, where: str):
     known = field_types()
     for name in names:
+        if name in RETIRED:
+            raise ValueError(f"configuration key {name!r} in {where} is of an earlier version: {RETIRED[name]}")
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`--help` lists all of them."

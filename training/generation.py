@@ -25,7 +25,7 @@ from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.hub import download
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, decode_from_latents
-from freqgate_dit.samplers import SAMPLERS, describe_sampler, make_sampler
+from freqgate_dit.samplers import SAMPLERS, configure, describe_sampler, make_sampler
 from freqgate_dit.summary import PipelineSummary, read_summary
 from freqgate_dit.training.sample_folder import SampleFolder
 
@@ -116,7 +116,7 @@ def choose_scheduler(name: str, config: dict) -> SchedulerMixin:
         return make_sampler(name, config)
     found = getattr(freqgate_dit, name, None) or getattr(diffusers, name, None)
     if isinstance(found, type) and issubclass(found, SchedulerMixin):
-        return found.from_config(config)
+        return configure(found, config)
     known = [other for other in {*dir(freqgate_dit), *dir(diffusers)} if other.endswith("Scheduler")]
     near = difflib.get_close_matches(name, [*SAMPLERS, *known], n=3, cutoff=0.4)
     raise ValueError(
