@@ -38,6 +38,11 @@ def test_presets_parse_and_say_what_they_hold(preset):
     }
 
 
+def test_the_committed_config_of_the_demo_still_starts_a_run():
+    committed = parse_config(["--config", str(PRESETS[0].parents[2] / "results/demo_model/training_config.yaml")])
+    assert committed.model.variant == "freq_gate" and committed.data.dataset == "shapes_textures"
+
+
 def test_presets_train_into_folders_of_their_own():
     assert len(PRESETS) >= 2
     assert len({load_yaml(path)["output_dir"] for path in PRESETS}) == len(PRESETS)
@@ -160,6 +165,8 @@ def test_unknown_keys(tmp_path):
     message = refusal(["--max_steps", "1", "--zzzzqqqq", "3"])
     assert "'zzzzqqqq'" in message and "--help" in message
     assert "'stray'" in refusal(["--max_steps", "1", "stray"])
+    retired = refusal(["--config", write(tmp_path, "timestep_spacing: trailing")])
+    assert "'timestep_spacing' in" in retired and "give `sampler` in its place, euler for trailing" in retired
     assert "unknown configuration key 3" in refusal(["--config", write(tmp_path, "3: 4")])
 
 

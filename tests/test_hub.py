@@ -128,6 +128,7 @@ def test_a_repository_holds_its_code_and_no_origin(hub, tmp_path):
     assert index["scheduler"] == ["scheduling_spectral_euler", "SpectralEulerDiscreteScheduler"]
     for name, source in CODE.items():
         assert files[name] == source.read_bytes()
+        assert f"`{name}`" in files["README.md"].decode()  # the card tells what runs without the package
     for name, content in files.items():
         assert str(tmp_path).encode() not in content and b"hf_ana" not in content, name
 
