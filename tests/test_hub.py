@@ -133,7 +133,7 @@ def test_a_repository_holds_its_code_and_no_origin(hub, tmp_path):
         assert str(tmp_path).encode() not in content and b"hf_ana" not in content, name
 
 
-@pytest.mark.parametrize(("place", "scheduler"), [("folder", euler), ("folder", spectral), ("Hub", spectral)], ids=str)
+@pytest.mark.parametrize(("place", "scheduler"), [("folder", euler), ("folder", spectral), ("Hub", spectral)])
 def test_a_process_without_the_package(place, scheduler, hub, tmp_path):
     pipe = make_pipeline(tiny_transformer("freq_gate"), scheduler(), vae=tiny_vae_kl())
     pipe.save_pretrained(tmp_path / "pipeline")
