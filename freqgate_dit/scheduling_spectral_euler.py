@@ -7,9 +7,9 @@ unit variance at every frequency and noise level, the probability-flow ODE is dw
 
     F = (x0_hat - M - S / (S + sigma^2) (x - M)) sqrt(S + sigma^2) / (sigma sqrt(S))
 
-is what the network knows beyond the Gaussian: 0 for Gaussian data, which are hence sampled exactly in any number of
-steps. A step is w' = w + (phi - phi') F, and x' = M + sqrt(S + sigma'^2) w'. With one S for all frequencies it is the
-Euler step of TrigFlow (Lu and Song 2024, arXiv 2410.11081).
+is what the network knows beyond the Gaussian: 0 for Gaussian data of that mean and power, which are hence sampled
+exactly in any number of steps. A step is w' = w + (phi - phi') F, and x' = M + sqrt(S + sigma'^2) w'. With one S for
+all frequencies it is the Euler step of TrigFlow (Lu and Song 2024, arXiv 2410.11081).
 
 The file is self-contained (torch, numpy, diffusers and the standard library only), because it travels with the model
 repositories that use it.
