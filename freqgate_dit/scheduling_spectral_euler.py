@@ -166,6 +166,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         }
         self.register_to_config(**{f"_{name}": own[name] for name in OWN_ARGUMENTS})
         self._least_sigma = self.sigmas[-2].item()
+        self._sizes: dict[tuple[int, int], Frequencies] = {}
         self._known: dict[tuple, NamedTuple] = {}
         self._previous = None
 
@@ -283,8 +284,11 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         """The next state, from state and predicted original, in the notation of the head of this file."""
         size, step = tuple(state.shape[-2:]), self.step_index
         follows = self._previous is not None and self._previous[0] == step - 1
-        frame = self._kept(state, size, lambda: self.frequencies(*size).frame)
-        turn = self._kept(state, (size, step, follows), lambda: self._turn(self.frequencies(*size), step, follows))
+        if size not in self._sizes:
+            self._sizes[size] = self.frequencies(*size)
+        frequencies = self._sizes[size]
+        frame = self._kept(state, size, lambda: frequencies.frame)
+        turn = self._kept(state, (size, step, follows), lambda: self._turn(frequencies, step, follows))
 
         deviation, predicted = frame.rows @ torch.stack([state, original]) @ frame.columns.T - frame.mean
         velocity = (predicted - turn.wiener * deviation) * turn.gain
