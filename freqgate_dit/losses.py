@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
+from freqgate_dit.transformer_freqgate_dit import PREDICTION_TYPES
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
 TIMESTEP_SAMPLING = ("uniform", "logit_normal")
 
 

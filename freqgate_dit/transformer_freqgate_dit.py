@@ -2,16 +2,18 @@
 """Diffusion Transformers that differ only in how a block is conditioned.
 
 The file is self-contained (torch and diffusers only), because it travels with every model repository.
-Read top to bottom: embeddings, attention, blocks (one per conditioning mechanism), recorder, models.
+Read top to bottom: embeddings, frequencies (transform, spectrum of the data, preconditioning), attention, blocks (one
+per conditioning mechanism), recorder, models.
 
-Notation: B batch, C channels, H x W input size, p patch size, N = (H/p)(W/p) tokens, D width, P text embedding size.
+Notation: B batch, C channels, H x W input size, p patch size, N = (H/p)(W/p) tokens, D width, P text embedding size;
+x = a x0 + s e is the noisy input, a^2 = sigmoid(l) and s^2 = sigmoid(-l) with the log-SNR l.
 
 Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2) for in-context, cross-attention and adaLN-Zero
 conditioning; the Freq-Gate-adaLN block is described in `FreqGateDiTBlock`.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +69,162 @@ def rotary_position_embedding(
     angles = torch.cat([rows, columns], dim=-1).reshape(height * width, head_dim // 2)
     angles = F.pad(angles, (0, 0, 0, num_extra_tokens)).repeat_interleave(2, dim=-1)
     return angles.cos(), angles.sin()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frequencies
+
+
+def dct_matrix(n: int, device=None) -> torch.Tensor:
+    """Orthonormal DCT-II `(n, n)`, float32: row k is the basis function with k / 2 cycles over the n samples."""
+    index = torch.arange(n, dtype=torch.float32, device=device)
+    matrix = torch.cos(math.pi / n * index[:, None] * (index + 0.5)) * math.sqrt(2 / n)
+    return torch.cat([matrix[:1] * math.sqrt(0.5), matrix[1:]])
+
+
+def dct2(images: torch.Tensor) -> torch.Tensor:
+    """Orthonormal 2-D DCT-II of `(..., H, W)`, as matrix products: complex FFTs would break compiled graphs."""
+    return dct_matrix(images.shape[-2], images.device) @ images @ dct_matrix(images.shape[-1], images.device).T
+
+
+def idct2(coefficients: torch.Tensor) -> torch.Tensor:
+    """Inverse of `dct2`."""
+    height, width = coefficients.shape[-2:]
+    return dct_matrix(height, coefficients.device).T @ coefficients @ dct_matrix(width, coefficients.device)
+
+
+def radial_index(height: int, width: int, device=None) -> torch.Tensor:
+    """Frequency of every DCT coefficient `(H, W)` as a fraction of Nyquist's: index k of n is k/n."""
+    rows = torch.arange(height, dtype=torch.float32, device=device) / height
+    columns = torch.arange(width, dtype=torch.float32, device=device) / width
+    return torch.hypot(rows[:, None], columns)
+
+
+class DataSpectrum(nn.Module):
+    """What the training data and the noise schedule are like: mean M and power S of every DCT coefficient of a sample
+    `(C, H, W)`, and the log-SNR of every training timestep.
+
+    Set once by [`~ConditionedDiTTransformer2DModel.set_spectrum`]; until then white data of unit variance, and the
+    linear schedule of DDPM. Buffers, saved with the weights, and float32 in every dtype of the model.
+    """
+
+    def __init__(self, channels: int, size: int, num_train_timesteps: int):
+        super().__init__()
+        alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, num_train_timesteps, dtype=torch.float32), dim=0)
+        self.register_buffer("mean", torch.zeros(channels, size, size, dtype=torch.float32))
+        self.register_buffer("power", torch.ones(channels, size, size, dtype=torch.float32))
+        self.register_buffer("log_snr", torch.logit(alphas_cumprod))
+
+    def _apply(self, fn, recurse=True):
+        # bfloat16 has three digits: it would blur the noise level by several steps of the schedule.
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def forward(self, timestep: torch.Tensor, height: int, width: int):
+        """Of samples of any size, at `timestep (B,)`, which may be fractional.
+
+        Returns:
+            log-SNR `(B, 1, 1, 1)`; mean and power `(C, height, width)`. At another size than the data's, the power
+            is that of the same cycles per pixel, the mean that of the resized mean image.
+        """
+        timestep = timestep.clamp(0, len(self.log_snr) - 1)
+        below = timestep.long().clamp(max=max(0, len(self.log_snr) - 2))
+        above = (below + 1).clamp(max=len(self.log_snr) - 1)
+        log_snr = torch.lerp(self.log_snr[below], self.log_snr[above], timestep - below)
+        mean, power = self.mean, self.power
+        if (height, width) != tuple(power.shape[-2:]):
+            rows = torch.arange(height, device=power.device) * power.shape[-2] // height
+            columns = torch.arange(width, device=power.device) * power.shape[-1] // width
+            power = power[:, rows[:, None], columns]
+            mean = dct2(F.interpolate(idct2(mean)[None], (height, width), mode="bilinear", antialias=True)[0])
+        return log_snr[:, None, None, None], mean, power
+
+
+def _without_autocast(device_type: str):
+    # The "meta" device, where costs are counted, has no autocast to switch off.
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+
+
+# Rings of radial frequency in which a learned gate may leave the Wiener gate.
+NUM_RINGS = 8
+
+
+class SpectralPreconditioner(nn.Module):
+    """Input, skip and output of the network, gated per frequency by the Wiener gain G = sigmoid(l + ln S).
+
+    G is the share of the signal in the power of a coefficient of the noisy input, and G z / a its best linear
+    estimate, z = DCT(x) - a M. With F the network's output,
+
+        input    u  = DCT^-1( sqrt(G + 0.02) z ), at unit power:   shows the signal and hides the noise
+        sample   x0 = DCT^-1( M + (G / a) z + (s sqrt(G) / a) DCT(F) )
+        epsilon  e  = DCT^-1( ((1 - G) / s) z - sqrt(G) DCT(F) )
+        v        a e - s x0
+
+    so that F = 0 is the optimal denoiser of Gaussian data, and F's target has unit variance at every frequency and
+    noise level: EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, section 5) with a sigma_data per
+    coefficient. At the input its full whitening would drown the strong low frequencies among many noisy ones.
+
+    Args:
+        kind: "wiener"; "scalar", one S for all coefficients (EDM's, the control); "learned", where each of 8 rings of
+            radial frequency has a learned G = sigmoid((1 + alpha) l + ln S + c) per channel, alpha and c zero at
+            first; "mask", Spectral Forcing (Fan et al. 2026, arXiv 2606.15236): a low-pass of the input alone, without
+            statistics, that opens with the signal.
+        at: "both", or only "input" or "output" (skip and output).
+    """
+
+    def __init__(self, kind: str, at: str, prediction_type: str, channels: int):
+        super().__init__()
+        self.kind = kind
+        self.at = at
+        self.prediction_type = prediction_type
+        if kind == "learned":
+            self.slope = nn.Parameter(torch.zeros(channels, NUM_RINGS))
+            self.offset = nn.Parameter(torch.zeros(channels, NUM_RINGS))
+
+    def forward(self, noisy: torch.Tensor, log_snr: torch.Tensor, mean: torch.Tensor, power: torch.Tensor):
+        """Args: `noisy (B, C, H, W)` float32, log-SNR `(B, 1, 1, 1)`, mean and power `(C, H, W)`.
+
+        Returns:
+            The network's input `(B, C, H, W)`; coefficients `(skip, output)` of the prediction, or `None` where that
+            is the network's: prediction = DCT^-1( skip + output DCT(F) ).
+        """
+        a, s = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        if self.kind == "mask":
+            # The rectified flow of the same SNR is at time a / (a + s).
+            cutoff = 0.05 + 0.95 * a / (a + s)
+            index = torch.hypot(
+                torch.linspace(0, 1, noisy.shape[-2], device=noisy.device)[:, None],
+                torch.linspace(0, 1, noisy.shape[-1], device=noisy.device),
+            )
+            return idct2(dct2(noisy) * torch.sigmoid(30 * (cutoff - index / math.sqrt(2)))), None
+
+        if self.kind == "scalar":
+            power = power.mean().expand_as(power)
+        logit = log_snr + power.log()  # (B, C, H, W)
+        if self.kind == "learned":
+            ring = (NUM_RINGS * radial_index(*noisy.shape[-2:], noisy.device)).long().clamp(max=NUM_RINGS - 1)
+            logit = logit + self.slope.float()[:, ring] * log_snr + self.offset.float()[:, ring]
+        gain, rest = torch.sigmoid(logit), torch.sigmoid(-logit)
+        z = dct2(noisy) - a * mean
+        inputs, coefficients = noisy, None
+        if self.at in ("both", "input"):
+            shown = gain + 0.02
+            scale = (shown * (a.square() * power + s.square())).mean(dim=(1, 2, 3), keepdim=True).rsqrt()
+            inputs = idct2(shown.sqrt() * z) * scale
+        if self.at in ("both", "output"):
+            x0 = mean + gain / a * z, s / a * gain.sqrt()
+            epsilon = rest / s * z, -gain.sqrt()
+            coefficients = {
+                "sample": x0,
+                "epsilon": epsilon,
+                "v_prediction": (a * epsilon[0] - s * x0[0], a * epsilon[1] - s * x0[1]),
+            }[self.prediction_type]
+        return inputs, coefficients
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,18 +329,18 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
 
 
 class Modulation(nn.Module):
-    """`num_vectors` modulation vectors from one embedding: `Linear(silu(c))`, zero at initialisation.
+    """`num_vectors` modulation vectors of `size` channels from one embedding: `Linear(silu(c))`, zero at first.
 
-    With `rank` the matrix is a product `D -> rank -> num_vectors * D`; its second factor starts at zero.
+    With `rank` the matrix is a product `D -> rank -> num_vectors * size`; its second factor starts at zero.
     """
 
-    def __init__(self, dim: int, num_vectors: int, rank: int | None = None):
+    def __init__(self, dim: int, num_vectors: int, rank: int | None = None, size: int | None = None):
         super().__init__()
         self.num_vectors = num_vectors
         self.down = nn.Linear(dim, rank, bias=False) if rank else None
-        self.linear = nn.Linear(rank or dim, num_vectors * dim)
+        self.linear = nn.Linear(rank or dim, num_vectors * (size or dim))
 
-    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:  # (B, D) -> (B, 1, num_vectors * D)
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:  # (B, D) -> (B, 1, num_vectors * size)
         conditioning = F.silu(conditioning)
         if self.down is not None:
             conditioning = self.down(conditioning)
@@ -399,6 +557,9 @@ class _AttentionMapProcessor:
 
 
 # What diffusers' `FeedForward` knows; on any other name it fails with an UnboundLocalError.
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PRECONDITIONING = ("wiener", "scalar", "learned", "mask")
+PRECONDITIONING_AT = ("both", "input", "output")
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 
 
@@ -441,6 +602,13 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         use_rope (`bool`, defaults to `False`): axial rotary positions, in addition to the sin-cos table.
         freq_shift (`int`, defaults to `0`): of the timestep's sinusoid, as in diffusers' UNets; 0 is DiT's, 1 that of
             diffusers' `DiTTransformer2DModel`.
+        preconditioning (`str`, *optional*): gates of the input, skip and output per frequency, by the statistics of
+            [`~ConditionedDiTTransformer2DModel.set_spectrum`]: "wiener", "scalar" (the control without frequencies),
+            "learned", or "mask" (see `SpectralPreconditioner`).
+        preconditioning_at (`str`, defaults to `"both"`): "both", "input", or "output" (skip and output).
+        prediction_type (`str`, *optional*): what the output is, "epsilon", "v_prediction" or "sample". Without
+            preconditioning the model need not know; with it, this is the scheduler's.
+        num_train_timesteps (`int`, defaults to `1000`): steps of the noise schedule, for preconditioning.
     """
 
     _supports_gradient_checkpointing = True
@@ -451,7 +619,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         "FreqGateDiTBlock",
     ]
     _repeated_blocks = _no_split_modules
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "class_embed", "text_embed", "norm", "proj_out"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed", "time_embed", "class_embed", "text_embed", "norm", "proj_out", "spectrum", "preconditioner"
+    ]  # fmt: skip
 
     block_class: type[DiTBlock] = DiTBlock
     modulates_output = False
@@ -484,6 +654,10 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         qk_norm: bool = False,
         use_rope: bool = False,
         freq_shift: int = 0,
+        preconditioning: str | None = None,
+        preconditioning_at: str = "both",
+        prediction_type: str | None = None,
+        num_train_timesteps: int = 1000,
     ):
         super().__init__()
         self._check_arguments()
@@ -520,6 +694,13 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         self.modulation_out = Modulation(dim, num_vectors=2) if modulates_output else None
         self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
 
+        self.spectrum = self.preconditioner = None
+        if preconditioning:
+            self.spectrum = DataSpectrum(in_channels, sample_size, num_train_timesteps)
+            self.preconditioner = SpectralPreconditioner(
+                preconditioning, preconditioning_at, prediction_type, in_channels
+            )
+
         self.gradient_checkpointing = False
         self.initialize_weights()
 
@@ -546,6 +727,33 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             )
         if config.activation_fn not in ACTIVATIONS:
             raise ValueError(f"`activation_fn` ({config.activation_fn!r}) must be one of {ACTIVATIONS}.")
+        if config.preconditioning not in (None, *PRECONDITIONING):
+            raise ValueError(
+                f"`preconditioning` ({config.preconditioning!r}) must be one of {PRECONDITIONING}, or None."
+            )
+        if config.preconditioning_at not in PRECONDITIONING_AT:
+            raise ValueError(
+                f"`preconditioning_at` ({config.preconditioning_at!r}) must be one of {PRECONDITIONING_AT}."
+            )
+        if config.preconditioning_at != "both" and config.preconditioning in (None, "mask"):
+            raise ValueError(
+                f"`preconditioning_at` ({config.preconditioning_at!r}) does not apply to `preconditioning` "
+                f"{config.preconditioning!r}: leave it at 'both'."
+            )
+        if config.prediction_type not in (None, *PREDICTION_TYPES):
+            raise ValueError(f"`prediction_type` ({config.prediction_type!r}) must be one of {PREDICTION_TYPES}.")
+        if config.preconditioning and not config.prediction_type:
+            raise ValueError(
+                f"`preconditioning` ({config.preconditioning!r}) needs a `prediction_type` (None): "
+                f"give the scheduler's, one of {PREDICTION_TYPES}."
+            )
+        if config.preconditioning and config.out_channels not in (None, config.in_channels):
+            raise ValueError(
+                f"`preconditioning` ({config.preconditioning!r}) relates every output to its input, so `out_channels` "
+                f"({config.out_channels}) must equal `in_channels` ({config.in_channels})."
+            )
+        if config.num_train_timesteps < 1:
+            raise ValueError(f"`num_train_timesteps` ({config.num_train_timesteps}) must be at least 1.")
         if config.attention_head_dim % 4:
             raise ValueError(
                 f"`attention_head_dim` ({config.attention_head_dim}) must be a multiple of 4: positions are sines and "
@@ -576,6 +784,52 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 nn.init.zeros_(module.low.weight)
                 nn.init.zeros_(module.high.weight)
         nn.init.zeros_(self.proj_out.weight)
+
+    @classmethod
+    def _load_pretrained_model(cls, *args, **kwargs):
+        # `_keep_in_fp32_modules` would do this too, but makes diffusers refuse `low_cpu_mem_usage=False`, its only way
+        # to load where accelerate is not installed.
+        return super()._load_pretrained_model(*args, **{**kwargs, "keep_in_fp32_modules": ["spectrum"]})
+
+    @torch.no_grad()
+    def set_spectrum(self, mean: torch.Tensor, power: torch.Tensor, alphas_cumprod: torch.Tensor):
+        """Tell a model with preconditioning what its data and noise are like, as the trainer does.
+
+        What is set is saved with the weights.
+
+        Args:
+            mean, power: mean and variance of the orthonormal DCT-II coefficients of the samples, `(C, sample_size,
+                sample_size)`. Power below a thousandth of its mean is raised to that, so that a coefficient that is
+                constant in the data does not make the gates degenerate.
+            alphas_cumprod: the scheduler's, `(num_train_timesteps,)`, in (0, 1).
+
+        Raises:
+            ValueError: for other shapes, values out of range, or a model without preconditioning.
+        """
+        if self.spectrum is None:
+            raise ValueError(
+                "this model has no preconditioning to set a spectrum for: build it with `preconditioning`."
+            )
+        own = self.spectrum
+        for name, given, buffer in (
+            ("mean", mean, own.mean),
+            ("power", power, own.power),
+            ("alphas_cumprod", alphas_cumprod, own.log_snr),
+        ):
+            self._check_shape(name, given, buffer.shape)
+            if not given.isfinite().all():
+                raise ValueError(f"`{name}` has values that are not finite.")
+        if power.min() < 0 or power.max() <= 0:
+            raise ValueError(f"`power` has a minimum of {power.min():.3g} and a maximum of {power.max():.3g}; it is a "
+                             "variance, at least 0 everywhere and more somewhere.")  # fmt: skip
+        if alphas_cumprod.min() <= 0 or alphas_cumprod.max() >= 1:
+            raise ValueError(
+                f"`alphas_cumprod` is in [{alphas_cumprod.min():.3g}, {alphas_cumprod.max():.3g}], but must be inside "
+                "(0, 1): a schedule that ends at pure noise (zero terminal SNR) has no finite log-SNR there."
+            )
+        own.mean.copy_(mean)
+        own.power.copy_(power.clamp(min=1e-3 * power.mean()))
+        own.log_snr.copy_(torch.logit(alphas_cumprod.double()))
 
     # -- the parts of a forward pass --------------------------------------------------------------------------------
 
@@ -638,6 +892,28 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         """The token sequence that enters the blocks: by default the image's tokens `(B, N, D)` alone."""
         return tokens
 
+    def precondition(self, hidden_states: torch.Tensor, timestep):
+        """The network's input, and how its output becomes the prediction (see `SpectralPreconditioner`)."""
+        # Gates span many orders of magnitude, and the skip must keep the sample's digits: float32 under autocast too.
+        with _without_autocast(hidden_states.device.type):
+            timestep = torch.as_tensor(timestep, device=hidden_states.device).to(torch.float32)
+            timestep = timestep.expand(hidden_states.shape[0])
+            known = self.spectrum(timestep, *hidden_states.shape[-2:])
+            inputs, coefficients = self.preconditioner(hidden_states.float(), *known)
+        return inputs.to(hidden_states.dtype), coefficients
+
+    @staticmethod
+    def compose(output: torch.Tensor, coefficients: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype):
+        """The prediction `(B, C, H, W)` from the network's output and `precondition`'s coefficients.
+
+        In the input's dtype even under autocast: rounding the skip to bfloat16 would hide the network's part.
+        """
+        if coefficients is None:
+            return output
+        with _without_autocast(output.device.type):
+            skip, gain = coefficients
+            return idct2(skip + gain * dct2(output.float())).to(dtype)
+
     def unpatchify(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """`(B, rows * columns, p * p * C)` to `(B, C, rows * p, columns * p)`."""
         p, channels = self.config.patch_size, self.out_channels
@@ -666,11 +942,14 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         # 1. Input
         batch_size, device, dtype = hidden_states.shape[0], hidden_states.device, hidden_states.dtype
         rows, columns = self.token_grid(hidden_states)
+        temb = self.embed_timestep(timestep, batch_size, device, dtype)  # (B, D)
+        coefficients = None
+        if self.preconditioner is not None:
+            hidden_states, coefficients = self.precondition(hidden_states, timestep)
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         # The residual stream keeps this memory order through all blocks, where norms would have to undo the transpose.
         tokens = tokens.contiguous()
         tokens = tokens + sincos_position_embedding(rows, columns, tokens.shape[-1], device).to(dtype)
-        temb = self.embed_timestep(timestep, batch_size, device, dtype)  # (B, D)
         cond = self.embed_condition(class_labels, pooled_projections, temb)  # (B, D)
 
         # 2. Blocks
@@ -694,6 +973,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             shift, scale = self.modulation_out(temb + cond).chunk(2, dim=-1)  # (B, 1, D)
             tokens = modulate(tokens, shift, scale)
         sample = self.unpatchify(self.proj_out(tokens), rows, columns)  # (B, C, H, W)
+        sample = self.compose(sample, coefficients, dtype)
 
         if not return_dict:
             return (sample,)

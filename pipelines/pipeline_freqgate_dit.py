@@ -165,6 +165,12 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"`id2label` names the ids {sorted(map(int, id2label))}, but the transformer has {num_classes} "
                 f"classes: name ids from 0 to {num_classes - 1} only."
             )
+        output, expected = transformer.config.get("prediction_type"), scheduler.config.get("prediction_type")
+        if output is not None and expected is not None and output != expected:
+            raise ValueError(
+                f"`scheduler` expects prediction_type {expected!r}, but the transformer was built to output "
+                f"{output!r}: make the scheduler with `from_config(scheduler.config, prediction_type={output!r})`."
+            )
         self.register_to_config(
             # JSON turns integer keys into strings, and diffusers sorts those ("10" before "2").
             id2label=dict(sorted((int(key), label) for key, label in (id2label or {}).items())),

@@ -19,7 +19,7 @@ from transformer_cases import run as output
 
 from freqgate_dit import VARIANTS
 from freqgate_dit.convert import from_diffusers
-from freqgate_dit.training.config import ModelConfig, parse_config
+from freqgate_dit.training.config import ModelConfig, ObjectiveConfig, parse_config
 from freqgate_dit.training.initialise import CLASS_TABLE, HUB_FILES, PICKLED_FILES, initialise, read_source
 from freqgate_dit.training.train import main
 
@@ -369,7 +369,7 @@ def test_a_dit_of_diffusers_is_converted(name, pickled, folder):
     if pickled:
         pickle_weights(folder)
     knobs = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-    model = ModelConfig("adaln_zero", **knobs, **AS_IN_DIFFUSERS).build(4, 8, {"num_classes": 3})
+    model = ModelConfig("adaln_zero", **knobs, **AS_IN_DIFFUSERS).build(4, 8, {"num_classes": 3}, ObjectiveConfig())
     _, told = take(model, folder)
     with torch.no_grad():
         expected = transformer(**inputs(model)).sample[:, :4]

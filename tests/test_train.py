@@ -18,7 +18,8 @@ from freqgate_dit import VARIANTS, FreqGateDiTPipeline
 from freqgate_dit.samplers import SAMPLERS, describe_sampler, make_sampler
 from freqgate_dit.shapes_textures import ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics
-from freqgate_dit.training.config import parse_config
+from freqgate_dit.training import posthoc_ema
+from freqgate_dit.training.config import ObjectiveConfig, parse_config
 from freqgate_dit.training.data import load_images
 from freqgate_dit.training.schedules import make_sampling_scheduler, make_scheduler
 from freqgate_dit.training.train import Trainer, main
@@ -411,6 +412,30 @@ def test_training_and_sampling_share_their_betas(prediction_type, beta_schedule)
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_preconditioned_run_keeps_the_spectrum_of_its_data(tmp_path, options):
+    changes = {"preconditioning": "learned", "ema": ["power:0.1", "power:0.05"], "ema_snapshots": 3}
+    main(options(**changes, max_steps=6, output_dir=tmp_path / "straight"))
+    main(options(**changes, max_steps=3))
+    main(options(**changes, max_steps=6, resume="latest"))
+    straight, resumed = state(tmp_path / "straight", 6)["model"], state(tmp_path / "run", 6)["model"]
+    assert_same_tensors(straight, resumed)
+    assert straight["preconditioner.slope"].any() and straight["preconditioner.offset"].any()
+
+    images, _ = load_images(parse_config(options(**changes)).data)
+    statistics = SpectrumStatistics()
+    statistics.update(images.images(range(len(images))).float() / 127.5 - 1)
+    power = statistics.power.clamp(min=1e-3 * statistics.power.mean())
+    log_snr = torch.logit(make_scheduler(ObjectiveConfig()).alphas_cumprod)
+    posthoc_ema.main(["--run", str(tmp_path / "run"), "--sigma_rel", "0.08"])
+    for name in ("pipeline", "pipeline_ema_0.08"):
+        transformer = FreqGateDiTPipeline.from_pretrained(tmp_path / "run" / name).transformer
+        assert transformer.config.prediction_type == "v_prediction"
+        spectrum = dict(transformer.spectrum.named_buffers())
+        torch.testing.assert_close(spectrum["log_snr"], log_snr)
+        torch.testing.assert_close(spectrum["mean"], statistics.mean.float())
+        torch.testing.assert_close(spectrum["power"], power.float())
+
+
 def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animals):
     tiny_vae_kl().save_pretrained(tmp_path / "vae")
     changes = on_animals(
@@ -646,7 +671,7 @@ def test_dry_run_of_preset(preset, tmp_path, monkeypatch, capsys, local_parts):
     config = parse_config(arguments)
     condition = {"pooled_projection_dim": 16} if text.get("condition") == "text" else {"num_classes": 64}
     with torch.device("meta"):
-        model = config.model.build(4 if "vae" in text else 3, 16 if "vae" in text else 32, condition)
+        model = config.model.build(4 if "vae" in text else 3, 16 if "vae" in text else 32, condition, config.objective)
     assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M" in printed
 
 

@@ -27,6 +27,7 @@ CONFIGURATIONS = {
     "source_style": ("freq_gate", {**TEXT, **SOURCE_STYLE}),
     "rope_qk_norm_swiglu": ("in_context", {"use_rope": True, "qk_norm": True, "activation_fn": "swiglu"}),
     "out_channels_no_bias": ("adaln_zero", {"out_channels": 6, "attention_bias": False, "patch_size": 4}),
+    "preconditioned": ("freq_gate", {"preconditioning": "learned", "prediction_type": "v_prediction"}),
     "as_in_diffusers": ("adaln_zero", {"freq_shift": 1, "mlp_norm_eps": 1e-5}),
 }
 

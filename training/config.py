@@ -23,7 +23,7 @@ from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
 from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.data import DataConfig
 from freqgate_dit.training.ema import EMAProfile
-from freqgate_dit.transformer_freqgate_dit import ACTIVATIONS, VARIANTS
+from freqgate_dit.transformer_freqgate_dit import ACTIVATIONS, PRECONDITIONING, PRECONDITIONING_AT, VARIANTS
 
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -69,18 +69,27 @@ class ModelConfig:
     use_rope: bool = knob(False, "Rotary positions besides the sin-cos table.")
     freq_shift: int = knob(0, "Of the timestep's sinusoid: 0, or 1 as in diffusers' DiT.")
     dropout: float = knob(0.0, "Dropout in the MLP.")
+    preconditioning: str | None = knob(
+        None, f"Spectral gates of input, skip and output, by the data's statistics: {', '.join(PRECONDITIONING)}."
+    )
+    preconditioning_at: str = knob("both", "Where: both, input, or output (skip and output).")
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)
         check_choice("activation_fn", self.activation_fn, ACTIVATIONS)
         check_choice("freq_shift", self.freq_shift, (0, 1))
+        check_choice("preconditioning", self.preconditioning, (None, *PRECONDITIONING))
+        check_choice("preconditioning_at", self.preconditioning_at, PRECONDITIONING_AT)
         check_range(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", least=1)
         if self.mlp_ratio <= 0:
             raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) must be positive; 4 is usual.")
 
-    def build(self, in_channels: int, sample_size: int, condition_arguments: dict):
+    def build(self, in_channels: int, sample_size: int, condition_arguments: dict, objective: "ObjectiveConfig"):
         """The model, for inputs `(B, in_channels, sample_size, sample_size)`."""
         arguments = dataclasses.asdict(self)
+        if self.preconditioning:  # other models need not know what they predict
+            names = ("prediction_type", "num_train_timesteps")
+            arguments |= {name: getattr(objective, name) for name in names}
         variant = VARIANTS[arguments.pop("variant")]
         return variant(in_channels=in_channels, sample_size=sample_size, **arguments, **condition_arguments)
 

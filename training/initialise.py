@@ -184,7 +184,9 @@ def _load(place: str, file: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def initialise(model: torch.nn.Module, source: Source, class_names: tuple[str, ...]) -> str:
-    """Copy into `model` every tensor of `source` that has the same name and shape, in the model's dtype.
+    """Copy into `model` every parameter of `source` that has the same name and shape, in the model's dtype.
+
+    Statistics of the source's data (the buffers of preconditioning) are left out: the trainer measures this run's.
 
     Rows of the class table go by class name, the null condition's by its place at the end; classes that the source
     does not have keep their fresh rows.
@@ -195,7 +197,9 @@ def initialise(model: torch.nn.Module, source: Source, class_names: tuple[str, .
     Raises:
         ValueError: if no matrix of a transformer block fits; the model is as it was then.
     """
-    own, given = model.state_dict(), source.tensors
+    own = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    given = {name: tensor for name, tensor in source.tensors.items() if name not in buffers}
     differing = _differing(model.config, source.config)
     _refuse_other_model(own, source, differing)
     lines = [f"  {differing}"] if differing else []
@@ -229,6 +233,8 @@ def _left_out(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> l
 
 def _differing(ours: dict, theirs: dict) -> str:
     """Arguments that the source was built with and the model was not. Some leave every shape as it is, heads say."""
+    # What is predicted, of which noise, the trainer tells; models without preconditioning do not know it.
+    ours = {name: value for name, value in ours.items() if name not in ("prediction_type", "num_train_timesteps")}
     names = [name for name in ours if not name.startswith("_") and theirs.get(name, ours[name]) != ours[name]]
     text = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in names)
     return f"the source was built with {text}" if text else ""

@@ -217,7 +217,8 @@ def write_average(source: Path, target: Path, average: dict[str, torch.Tensor], 
     """Copy the pipeline folder `source` to `target`, the transformer's weights replaced; `about` says by what."""
     # Only the transformer is needed, and loads without the optional components.
     pipeline = FreqGateDiTPipeline.from_pretrained(source, vae=None, text_encoder=None, tokenizer=None)
-    pipeline.transformer.load_state_dict(average)
+    # Averages are of parameters; what else a model holds (the spectrum of its data) is the source's.
+    pipeline.transformer.load_state_dict({**dict(pipeline.transformer.named_buffers()), **average})
 
     def write(temporary: Path):
         shutil.copytree(source, temporary, dirs_exist_ok=True)

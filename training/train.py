@@ -182,7 +182,8 @@ class Trainer:
         config = self.config
         channels, size = sample_shape(self.vae, config.data.resolution, config.model.patch_size)
         torch.manual_seed(config.train.seed)
-        self.model = config.model.build(channels, size, self.condition.model_arguments()).to(self.device)
+        self.model = config.model.build(channels, size, self.condition.model_arguments(), config.objective)
+        self.model.to(self.device)
         self.objective = make_objective(config.objective, make_scheduler(config.objective))
         # A resumed run has weights of its own; what it once started from may be gone by now.
         if config.train.init_from and self.checkpoint is None:
@@ -262,6 +263,9 @@ class Trainer:
             warning = scale_warning(statistics.std)
             if warning:
                 self.print(warning)
+        if self.model.spectrum is not None and self.checkpoint is None:  # a checkpoint brings its own
+            alphas_cumprod = self.objective.scheduler.alphas_cumprod
+            self.model.set_spectrum(statistics.mean, statistics.power, alphas_cumprod)
         # Images that are all alike have no spectrum, which is an error only of a sampler that needs one.
         spectrum = statistics.spectrum() if statistics.power.any() else None
         self.sampler = make_sampling_scheduler(config.sampling.sampler, self.objective.scheduler, spectrum)
