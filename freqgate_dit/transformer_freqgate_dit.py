@@ -110,7 +110,9 @@ class DataSpectrum(nn.Module):
 
     def __init__(self, channels: int, size: int, num_train_timesteps: int):
         super().__init__()
-        alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, num_train_timesteps, dtype=torch.float32), dim=0)
+        # Not `torch.linspace`: after transformers has patched it, it may ignore an enclosing `torch.device("meta")`.
+        progress = torch.arange(num_train_timesteps, dtype=torch.float32) / max(1, num_train_timesteps - 1)
+        alphas_cumprod = torch.cumprod(1 - (1e-4 + (0.02 - 1e-4) * progress), dim=0)
         self.register_buffer("mean", torch.zeros(channels, size, size, dtype=torch.float32))
         self.register_buffer("power", torch.ones(channels, size, size, dtype=torch.float32))
         self.register_buffer("log_snr", torch.logit(alphas_cumprod))

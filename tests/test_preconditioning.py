@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformer_cases import assert_differ, inputs, run, untrained
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+from freqgate_dit.cost import flops_per_forward
 from freqgate_dit.spectral import dct2, idct2
 from freqgate_dit.transformer_freqgate_dit import (
     PREDICTION_TYPES,
@@ -266,3 +267,18 @@ def test_a_pipeline_refuses_the_scheduler_of_another_prediction_type():
     transformer = tiny_transformer("adaln_zero", preconditioning="wiener", prediction_type="v_prediction")
     with pytest.raises(ValueError, match="expects prediction_type 'epsilon'.*output 'v_prediction'"):
         FreqGateDiTPipeline(transformer, EulerDiscreteScheduler())
+
+
+def test_cost_is_counted_after_transformers_has_patched_linspace(monkeypatch):
+    """In a process whose first model is transformers', torch remembers the patched `torch.linspace` for ever."""
+    torch.utils._device._device_constructors.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "linspace", lambda *args, **kwargs: None)
+        with torch.device("meta"):
+            torch.zeros(1)
+    try:
+        # Four transforms of 4 channels of 8 x 8, two products each.
+        transforms = 4 * 2 * (2 * 4 * 8**3)
+        assert flops_per_forward(preconditioned()) == flops_per_forward(untrained("adaln_zero")) + transforms
+    finally:
+        torch.utils._device._device_constructors.cache_clear()
