@@ -30,6 +30,8 @@ ROWS = (
     ("adaln_zero", 12, {}, None),
     ("adaln_zero", 14, {}, 68.58),
     ("freq_gate", 12, {}, 68.32),
+    ("adaln_zero", 14, {"modulation_rank": 128}, None),
+    ("band_gate", 14, {"modulation_rank": 128, "mlp_ratio": 3.96875}, None),
 )
 # The source projects the text embedding to the model's width in every block, this package once per model.
 PROJECTION = 256 * 512 + 512
@@ -44,11 +46,13 @@ def main():
     for variant, blocks, options, source in ROWS:
         with torch.device("meta"):
             model = VARIANTS[variant](num_layers=blocks, **SOURCE, **options)
-            default = VARIANTS[variant](num_layers=blocks, num_classes=3)
+            default = VARIANTS[variant](num_layers=blocks, num_classes=3, **options)
         rows.append(
             {
                 "variant": variant,
                 "blocks": blocks,
+                "modulation_rank": options.get("modulation_rank"),
+                "mlp_ratio": options.get("mlp_ratio", 4.0),
                 "parameters": count_parameters(model),
                 "parameters_with_projection_per_block": count_parameters(model) + blocks * PROJECTION,
                 "source_parameters_million": source,
@@ -60,9 +64,10 @@ def main():
     print("| variant | blocks | parameters | + projection per block | source prints | GFLOPs | defaults, 3 classes |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
+        name = row["variant"] + (f", rank {row['modulation_rank']}" if row["modulation_rank"] else "")
         source = f"{row['source_parameters_million']} M" if row["source_parameters_million"] else "-"
         print(
-            f"| {row['variant']} | {row['blocks']} | {row['parameters'] / 1e6:.2f} M "
+            f"| {name} | {row['blocks']} | {row['parameters'] / 1e6:.2f} M "
             f"| {row['parameters_with_projection_per_block'] / 1e6:.2f} M | {source} | {row['gflops_forward']:.2f} "
             f"| {row['parameters_default_three_classes'] / 1e6:.2f} M |"
         )

@@ -16,6 +16,7 @@ if (_root / "setup.py").is_file():
 _MODULES = {
     "VARIANTS": "transformer_freqgate_dit",
     "AdaLNZeroDiTTransformer2DModel": "transformer_freqgate_dit",
+    "BandGateDiTTransformer2DModel": "transformer_freqgate_dit",
     "CrossAttentionDiTTransformer2DModel": "transformer_freqgate_dit",
     "DiffusionObjective": "losses",
     "FreqGateDiTPipeline": "pipelines.pipeline_freqgate_dit",

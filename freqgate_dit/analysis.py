@@ -1,9 +1,14 @@
-"""What a trained model does, as tables: for now the gate of Freq-Gate over time."""
+"""What a trained model does, as tables and as a picture: the gate of Freq-Gate, the band gains of Band-Gate."""
 
 import numpy as np
 import torch
 
-from freqgate_dit.transformer_freqgate_dit import FreqGateDiTTransformer2DModel
+from freqgate_dit import plots
+from freqgate_dit.transformer_freqgate_dit import (
+    BandGateDiTTransformer2DModel,
+    ConditionedDiTTransformer2DModel,
+    FreqGateDiTTransformer2DModel,
+)
 
 
 @torch.no_grad()
@@ -21,3 +26,49 @@ def gate_table(
     temb = transformer.embed_timestep(timesteps, num_timesteps, transformer.device, transformer.dtype)
     gates = torch.stack([block.gate(temb) for block in transformer.transformer_blocks], dim=1)
     return timesteps.numpy(), gates.float().cpu().numpy()
+
+
+@torch.no_grad()
+def band_gain_table(
+    transformer: BandGateDiTTransformer2DModel, num_timesteps: int = 50
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How strongly each residual branch adds low and high frequencies over time, under the null condition.
+
+    Returns:
+        timesteps `(T,)` from 0 to the last of training; root mean square over channels of the gain of the low band
+        and of that of the high band, `(T, blocks, branches)` each, with the branches attention and MLP.
+    """
+    config, device = transformer.config, transformer.device
+    timesteps = torch.linspace(0, config.num_train_timesteps - 1, num_timesteps)
+    shape = (num_timesteps, config.in_channels, config.sample_size, config.sample_size)
+    arguments = {}
+    if config.num_classes:
+        arguments["class_labels"] = torch.full((num_timesteps,), config.num_classes, device=device)
+    if config.pooled_projection_dim:
+        shape_of_text = (num_timesteps, config.pooled_projection_dim)
+        arguments["pooled_projections"] = torch.zeros(shape_of_text, device=device, dtype=transformer.dtype)
+    with transformer.inspect("modulation", "band") as recorder:
+        transformer(torch.zeros(shape, device=device, dtype=transformer.dtype), timesteps.to(device), **arguments)
+    low, high = [], []
+    for block, modulation, band in zip(
+        transformer.transformer_blocks, recorder.select("modulation"), recorder.select("band")
+    ):
+        gates = dict(zip(("attention", "mlp"), modulation.value[:, 0].float().chunk(6, dim=-1)[2::3]))  # (T, D) each
+        bands = dict(zip(block.branches, band.value[:, 0].float().chunk(len(block.branches), dim=-1)))
+        for kept, with_excess in ((low, True), (high, False)):
+            gains = []
+            for branch, gate in gates.items():
+                gain, excess = block.band_gains(gate, bands.get(branch))
+                gains.append(gain + excess if with_excess and excess is not None else gain)
+            kept.append(torch.stack([gain.square().mean(-1).sqrt() for gain in gains], dim=-1))
+    return timesteps.numpy(), torch.stack(low, dim=1).numpy(), torch.stack(high, dim=1).numpy()
+
+
+def mechanism_figures(transformer: ConditionedDiTTransformer2DModel, num_train_timesteps: int) -> dict:
+    """Pictures of what is special in a variant, by name: "gate" or "band_gains"; none for the others."""
+    inspectable = transformer.block_class.inspectable
+    if "gate" in inspectable:
+        return {"gate": plots.gate_curves(*gate_table(transformer, num_train_timesteps))}
+    if "band" in inspectable:
+        return {"band_gains": plots.band_gain_curves(*band_gain_table(transformer))}
+    return {}

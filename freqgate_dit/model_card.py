@@ -33,10 +33,11 @@ MECHANISMS = {
     "cross_attention": "cross-attention",
     "adaln_zero": "adaLN-Zero",
     "freq_gate": "Freq-Gate-adaLN",
+    "band_gate": "Band-Gate",
 }
 AT_START = ", at the start of training"
 # Names of the pictures that the trainer and the demo write into `figures/`, as the card shows them.
-KNOWN_FIGURES = ("samples", "denoising", "loss", "validation", "gate")
+KNOWN_FIGURES = ("samples", "denoising", "loss", "validation", "gate", "band_gains")
 
 # Identifiers that the Hub accepts as `license`; it refuses a card with another one.
 LICENSES = """

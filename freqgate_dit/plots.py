@@ -226,3 +226,28 @@ def gate_curves(timesteps: Sequence[float], gates: np.ndarray):
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
     return figure
+
+
+def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarray):
+    """The gains of Band-Gate over timesteps: low over high band in decibel, per block, for attention and MLP.
+
+    Args:
+        timesteps: `(T,)`, ascending.
+        low, high: gains `(T, blocks, 2)`, at least 0.
+    """
+    from matplotlib.cm import viridis
+
+    figure, columns = new_figure(9, 3.6, columns=2, sharey=True)
+    tiny = np.finfo(np.float32).tiny
+    ratio = 20 * np.log10((low + tiny) / (high + tiny))
+    num_blocks = ratio.shape[1]
+    for branch, (axes, title) in enumerate(zip(columns, ("Attention", "MLP"))):
+        for block in range(num_blocks):
+            colour = viridis(block / max(1, num_blocks - 1))
+            axes.plot(timesteps, ratio[:, block, branch], color=colour, lw=1.5, label=f"block {block}")
+        axes.axhline(0, color="0.5", lw=0.8, ls="--")
+        axes.set(xlabel="timestep (0 clean, T noise)", title=title)
+        axes.grid(alpha=0.3)
+    columns[0].set_ylabel("gain of low over high band (dB)")
+    columns[0].legend(frameon=False, fontsize=7, ncols=2)
+    return figure

@@ -146,6 +146,54 @@ class DataSpectrum(nn.Module):
         return log_snr[:, None, None, None], mean, power
 
 
+def low_pass_gains(index: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Gains of a soft low-pass at `radial_index`: sigmoid(32 (cutoff - index)), and 0 where that is below 0.01."""
+    gains = torch.sigmoid(32 * (cutoff - index))
+    return torch.where(gains < 0.01, 0, gains)
+
+
+def dct_low_pass(rows: int, columns: int, cutoff: float, device=None) -> tuple[torch.Tensor, ...]:
+    """The low-pass of a grid of tokens, for `apply_low_pass`.
+
+    Returns:
+        The DCT's kept rows `(k, rows)` and columns `(l, columns)`, and their gains `(k, l)`; float32.
+    """
+    gains = low_pass_gains(radial_index(rows, columns, device), cutoff)
+    last = cutoff + math.log(99) / 32  # where the gain falls to 0.01
+    kept_rows, kept_columns = (min(n, math.ceil(n * last)) for n in (rows, columns))
+    return (
+        dct_matrix(rows, device)[:kept_rows],
+        dct_matrix(columns, device)[:kept_columns],
+        gains[:kept_rows, :kept_columns],
+    )
+
+
+def random_low_pass(rows: int, columns: int, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A projector with the gains of `dct_low_pass` on random directions, which have no frequency: the control.
+
+    Returns:
+        Orthonormal directions `(k, rows * columns)`, always the same, and their gains `(k, 1)`; float32.
+    """
+    gains = low_pass_gains(radial_index(rows, columns, "cpu"), cutoff).flatten()
+    gains = gains[gains > 0].sort(descending=True).values
+    noise = torch.randn(rows * columns, rows * columns, generator=torch.Generator().manual_seed(0), device="cpu")
+    return torch.linalg.qr(noise)[0][: len(gains)], gains[:, None]
+
+
+def apply_low_pass(tokens: torch.Tensor, low_pass: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """P_low of tokens `(B, N, D)`, row by row of the grid. What is left, `tokens - P_low(tokens)`, is P_high."""
+    low_pass = [part.to(tokens.dtype) for part in low_pass]
+    if len(low_pass) == 2:
+        directions, gains = low_pass
+        return directions.T @ (gains * (directions @ tokens))
+    rows, columns, gains = low_pass
+    width, dim = columns.shape[1], tokens.shape[2]
+    low = rows @ tokens.unflatten(1, (-1, width)).flatten(2)  # (B, k, w * D)
+    low = columns @ low.unflatten(2, (width, dim))  # (B, k, l, D)
+    low = columns.T @ (gains[..., None] * low)  # (B, k, w, D)
+    return (rows.T @ low.flatten(2)).unflatten(2, (width, dim)).flatten(1, 2)
+
+
 def _without_autocast(device_type: str):
     # The "meta" device, where costs are counted, has no autocast to switch off.
     available = torch.amp.is_autocast_available(device_type)
@@ -361,8 +409,9 @@ def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tens
 class DiTBlock(nn.Module):
     """Pre-norm transformer block: self-attention and MLP, no conditioning of its own. Base of the variants.
 
-    A block is called as `block(hidden_states, temb, cond, image_rotary_emb)` with `hidden_states (B, N, D)`, the time
-    embedding `temb (B, D)` and the condition embedding `cond (B, D)`, and returns `(B, N, D)`.
+    A block is called as `block(hidden_states, temb, cond, image_rotary_emb, *block_inputs)` with `hidden_states
+    (B, N, D)`, the time embedding `temb (B, D)`, the condition embedding `cond (B, D)` and what its model's
+    `block_inputs` returns, by default nothing. It returns `(B, N, D)`.
     """
 
     # What `inspect()` can read off a block: kind -> name of the submodule whose output is recorded.
@@ -491,19 +540,111 @@ class FreqGateDiTBlock(AdaLNZeroDiTBlock):
         return mixed + temb
 
 
+class ConditionAdapter(nn.Module):
+    """A low-rank view of the condition, `y + up(down(silu(y)))`; `up` starts at zero, so the view at y."""
+
+    def __init__(self, dim: int, rank: int | None):
+        super().__init__()
+        self.down = nn.Linear(dim, rank or dim, bias=False)
+        self.up = nn.Linear(rank or dim, dim)
+
+    def forward(self, cond: torch.Tensor) -> torch.Tensor:  # (B, D) -> (B, D)
+        return cond + self.up(self.down(F.silu(cond)))
+
+
+class BandGateDiTBlock(AdaLNZeroDiTBlock):
+    """Band-Gate: adaLN-Zero whose residual gates differ between low and high frequencies of the token grid.
+
+        x = x + g * r + d * P_low r = x + (g + d) * P_low r + g * P_high r
+
+    for both branches r, with a fixed low-pass P_low + P_high = 1 (`dct_low_pass`). A plain gate multiplies all tokens
+    alike, so it has no way to favour a frequency. Shift, scale and g come from `t + h + High(y)`, the band gates d
+    from `t + l + Low(y)`, where h and l embed how much of the signal is visible in each band at this noise level.
+    d, h and l start at zero and Low(y) and High(y) at y: with the weights of an adaLN-Zero model the block is that
+    model's until it is trained.
+
+    Args:
+        band_branches: "both", or only the "attention" or the "mlp" branch has band gates.
+        band_drive: what d depends on: "both", "time" or "class".
+        band_gates: "vector", a d per channel; "scalar", SpectralDiT's form (arXiv 2606.18765): two numbers a_low and
+            a_high = 0.2 tanh(.) per branch, `x + g * ((1 + a_high) r + (a_low - a_high) P_low r)`.
+    """
+
+    inspectable = {"modulation": "modulation", "band": "band_modulation"}
+
+    def __init__(
+        self,
+        dim,
+        num_attention_heads,
+        attention_head_dim,
+        modulation_rank: int | None = None,
+        band_branches: str = "both",
+        band_drive: str = "both",
+        band_gates: str = "vector",
+        **kwargs,
+    ):
+        super().__init__(dim, num_attention_heads, attention_head_dim, modulation_rank=modulation_rank, **kwargs)
+        self.branches = {"both": ("attention", "mlp")}.get(band_branches, (band_branches,))
+        self.drive = band_drive
+        self.scalar = band_gates == "scalar"
+        self.low = ConditionAdapter(dim, modulation_rank) if band_drive != "time" else None
+        self.high = ConditionAdapter(dim, modulation_rank)
+        if self.scalar:
+            self.band_modulation = Modulation(dim, num_vectors=2 * len(self.branches), size=1)
+        else:
+            self.band_modulation = Modulation(dim, num_vectors=len(self.branches), rank=modulation_rank)
+
+    def drive_band(self, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """The vector `(B, D)` that drives the band gates."""
+        if self.drive == "time":
+            return temb
+        return self.low(cond) if self.drive == "class" else temb + self.low(cond)
+
+    def band_gains(self, gate: torch.Tensor, band: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gain `(..., D)` of a branch's high band, and by how much that of its low band exceeds it (`None`: not).
+
+        Args: g, and what `band_modulation` gives for the branch.
+        """
+        if band is None or not self.scalar:
+            return gate, band
+        at_low, at_high = (0.2 * torch.tanh(band)).chunk(2, dim=-1)  # each (..., 1)
+        return gate * (1 + at_high), gate * (at_low - at_high)
+
+    def add_residual(self, hidden_states, residual, gate, band, low_pass):
+        gate, excess = self.band_gains(gate, band)
+        hidden_states = hidden_states + gate * residual
+        if excess is None:
+            return hidden_states
+        return hidden_states + excess * apply_low_pass(residual, low_pass)
+
+    def forward(self, hidden_states, temb, cond, image_rotary_emb, clocks, low_pass):
+        """Besides the other blocks' arguments: `clocks`, embeddings `(B, D)` of the low and the high band's
+        visibility, and `low_pass`, P_low of this grid."""
+        clock_low, clock_high = clocks
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(
+            self.mix(temb + clock_high, self.high(cond))
+        ).chunk(6, dim=-1)  # each (B, 1, D)
+        bands = self.band_modulation(self.drive_band(temb + clock_low, cond)).chunk(len(self.branches), dim=-1)
+        bands = dict(zip(self.branches, bands))
+        residual = self.attn(modulate(self.norm1(hidden_states), shift_msa, scale_msa), None, image_rotary_emb)
+        hidden_states = self.add_residual(hidden_states, residual, gate_msa, bands.get("attention"), low_pass)
+        residual = self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return self.add_residual(hidden_states, residual, gate_mlp, bands.get("mlp"), low_pass)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Recorder
 
 
 @dataclass
 class Record:
-    """One observed tensor, on the CPU: `kind` is "gate", "modulation" or "attention", `call` counts forward passes."""
+    """One observed tensor, on the CPU: `kind` is "attention" or in `inspectable`, `call` counts forward passes."""
 
     kind: str
     block: int
     call: int
     timestep: torch.Tensor  # (B,) float32
-    value: torch.Tensor  # gate (B, D); modulation (B, 1, k * D); attention (B, heads, N, M)
+    value: torch.Tensor  # gate (B, D); modulation, band (B, 1, k * D); attention (B, heads, N, M)
 
 
 @dataclass
@@ -558,10 +699,16 @@ class _AttentionMapProcessor:
 # Models
 
 
-# What diffusers' `FeedForward` knows; on any other name it fails with an UnboundLocalError.
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 PRECONDITIONING = ("wiener", "scalar", "learned", "mask")
 PRECONDITIONING_AT = ("both", "input", "output")
+BAND_OPTIONS = {
+    "band_branches": ("both", "attention", "mlp"),
+    "band_drive": ("both", "time", "class"),
+    "band_gates": ("vector", "scalar"),
+    "band_basis": ("dct", "random"),
+}
+# What diffusers' `FeedForward` knows; on any other name it fails with an UnboundLocalError.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 
 
@@ -598,6 +745,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         modulation_rank (`int`, *optional*): low-rank modulation, adaLN-type variants only; `None` is full rank.
         gate_residual (`bool`, defaults to `False`): Freq-Gate only; adds the gated mixture to the condition instead
             of replacing it, so that the model can start as an adaLN-Zero model (see `FreqGateDiTBlock`).
+        band_branches, band_drive, band_gates (`str`): Band-Gate only, see `BandGateDiTBlock`.
+        band_basis (`str`, defaults to `"dct"`): Band-Gate only; "random" has the low-pass act on random directions
+            instead of low frequencies, for grids of `sample_size` only. The control without frequency.
+        band_cutoff (`float`, defaults to `0.3125`): Band-Gate only; half-gain frequency of the low-pass as a fraction
+            of the token grid's Nyquist frequency. The default is radius 2.5 on a grid of 8 x 8.
         num_condition_tokens (`int`, defaults to `2`): memory of the cross-attention variant. 2 is time and condition,
             1 their sum (the source experiment's).
         qk_norm (`bool`, defaults to `False`): RMSNorm of queries and keys.
@@ -610,7 +762,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         preconditioning_at (`str`, defaults to `"both"`): "both", "input", or "output" (skip and output).
         prediction_type (`str`, *optional*): what the output is, "epsilon", "v_prediction" or "sample". Without
             preconditioning the model need not know; with it, this is the scheduler's.
-        num_train_timesteps (`int`, defaults to `1000`): steps of the noise schedule, for preconditioning.
+        num_train_timesteps (`int`, defaults to `1000`): steps of the noise schedule, for preconditioning and
+            Band-Gate.
     """
 
     _supports_gradient_checkpointing = True
@@ -619,16 +772,21 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         "CrossAttentionDiTBlock",
         "AdaLNZeroDiTBlock",
         "FreqGateDiTBlock",
+        "BandGateDiTBlock",
     ]
     _repeated_blocks = _no_split_modules
     _skip_layerwise_casting_patterns = [
-        "patch_embed", "time_embed", "class_embed", "text_embed", "norm", "proj_out", "spectrum", "preconditioner"
+        "patch_embed", "time_embed", "class_embed", "text_embed", "clock_embed", "norm", "proj_out", "spectrum",
+        "preconditioner",
     ]  # fmt: skip
 
     block_class: type[DiTBlock] = DiTBlock
     modulates_output = False
-    # The arguments that only some variants understand.
+    # Whether the mechanism itself, not preconditioning alone, needs to know the data's spectrum.
+    needs_spectrum = False
+    # The arguments that only some variants understand: of their blocks, and of the model around them.
     variant_options: tuple[str, ...] = ()
+    model_options: tuple[str, ...] = ()
 
     @register_to_config
     def __init__(
@@ -652,6 +810,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         output_modulation: bool | None = None,
         modulation_rank: int | None = None,
         gate_residual: bool = False,
+        band_branches: str = "both",
+        band_drive: str = "both",
+        band_gates: str = "vector",
+        band_basis: str = "dct",
+        band_cutoff: float = 0.3125,
         num_condition_tokens: int = 2,
         qk_norm: bool = False,
         use_rope: bool = False,
@@ -697,12 +860,14 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
 
         self.spectrum = self.preconditioner = None
-        if preconditioning:
+        if preconditioning or self.needs_spectrum:
             self.spectrum = DataSpectrum(in_channels, sample_size, num_train_timesteps)
+        if preconditioning:
             self.preconditioner = SpectralPreconditioner(
                 preconditioning, preconditioning_at, prediction_type, in_channels
             )
 
+        self.add_parts(dim)
         self.gradient_checkpointing = False
         self.initialize_weights()
 
@@ -710,8 +875,14 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         config = self.config
         if type(self).block_class is DiTBlock:
             raise TypeError(f"{type(self).__name__} is the base of the variants: instantiate one of {list(VARIANTS)}.")
-        for name, default in {"modulation_rank": None, "gate_residual": False, "num_condition_tokens": 2}.items():
-            if name not in self.variant_options and config[name] != default:
+        defaults = {name: choices[0] for name, choices in BAND_OPTIONS.items()} | {
+            "modulation_rank": None,
+            "gate_residual": False,
+            "num_condition_tokens": 2,
+            "band_cutoff": 0.3125,
+        }
+        for name, default in defaults.items():
+            if name not in (*self.variant_options, *self.model_options) and config[name] != default:
                 raise ValueError(
                     f"`{name}` ({config[name]}) does not apply to {type(self).__name__}: leave it at {default}."
                 )
@@ -726,6 +897,13 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         if config.num_condition_tokens not in (1, 2):
             raise ValueError(
                 f"`num_condition_tokens` ({config.num_condition_tokens}) must be 2 (time, condition) or 1 (their sum)."
+            )
+        for name, choices in BAND_OPTIONS.items():
+            if config[name] not in choices:
+                raise ValueError(f"`{name}` ({config[name]!r}) must be one of {choices}.")
+        if not 0 < config.band_cutoff <= 1:
+            raise ValueError(
+                f"`band_cutoff` ({config.band_cutoff}) must be in (0, 1], a fraction of the Nyquist frequency."
             )
         if config.activation_fn not in ACTIVATIONS:
             raise ValueError(f"`activation_fn` ({config.activation_fn!r}) must be one of {ACTIVATIONS}.")
@@ -785,6 +963,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             if isinstance(module, FreqGateDiTBlock) and module.gate_residual:
                 nn.init.zeros_(module.low.weight)
                 nn.init.zeros_(module.high.weight)
+            if isinstance(module, ConditionAdapter):
+                nn.init.zeros_(module.up.weight)
         nn.init.zeros_(self.proj_out.weight)
 
     @classmethod
@@ -795,7 +975,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
 
     @torch.no_grad()
     def set_spectrum(self, mean: torch.Tensor, power: torch.Tensor, alphas_cumprod: torch.Tensor):
-        """Tell a model with preconditioning what its data and noise are like, as the trainer does.
+        """Tell a model with preconditioning or band gates what its data and noise are like, as the trainer does.
 
         What is set is saved with the weights.
 
@@ -806,7 +986,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             alphas_cumprod: the scheduler's, `(num_train_timesteps,)`, in (0, 1).
 
         Raises:
-            ValueError: for other shapes, values out of range, or a model without preconditioning.
+            ValueError: for other shapes, values out of range, or a model that knows no spectrum.
         """
         if self.spectrum is None:
             raise ValueError(
@@ -832,6 +1012,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         own.mean.copy_(mean)
         own.power.copy_(power.clamp(min=1e-3 * power.mean()))
         own.log_snr.copy_(torch.logit(alphas_cumprod.double()))
+
+    def add_parts(self, dim: int):
+        """What a variant has beyond its blocks, built before the weights are initialised."""
 
     # -- the parts of a forward pass --------------------------------------------------------------------------------
 
@@ -894,15 +1077,21 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         """The token sequence that enters the blocks: by default the image's tokens `(B, N, D)` alone."""
         return tokens
 
-    def precondition(self, hidden_states: torch.Tensor, timestep):
+    def known_of(self, hidden_states: torch.Tensor, timestep):
+        """What is known of the data at this noise level and size: log-SNR, mean and power (see `DataSpectrum`)."""
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).to(torch.float32)
+        return self.spectrum(timestep.expand(hidden_states.shape[0]), *hidden_states.shape[-2:])
+
+    def precondition(self, hidden_states: torch.Tensor, known: tuple[torch.Tensor, ...]):
         """The network's input, and how its output becomes the prediction (see `SpectralPreconditioner`)."""
         # Gates span many orders of magnitude, and the skip must keep the sample's digits: float32 under autocast too.
         with _without_autocast(hidden_states.device.type):
-            timestep = torch.as_tensor(timestep, device=hidden_states.device).to(torch.float32)
-            timestep = timestep.expand(hidden_states.shape[0])
-            known = self.spectrum(timestep, *hidden_states.shape[-2:])
             inputs, coefficients = self.preconditioner(hidden_states.float(), *known)
         return inputs.to(hidden_states.dtype), coefficients
+
+    def block_inputs(self, hidden_states: torch.Tensor, known: tuple[torch.Tensor, ...] | None) -> tuple:
+        """What the blocks are given besides tokens, embeddings and positions; from the noisy input `(B, C, H, W)`."""
+        return ()
 
     @staticmethod
     def compose(output: torch.Tensor, coefficients: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype):
@@ -945,9 +1134,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         batch_size, device, dtype = hidden_states.shape[0], hidden_states.device, hidden_states.dtype
         rows, columns = self.token_grid(hidden_states)
         temb = self.embed_timestep(timestep, batch_size, device, dtype)  # (B, D)
+        known = self.known_of(hidden_states, timestep) if self.spectrum is not None else None
+        block_inputs = self.block_inputs(hidden_states, known)
         coefficients = None
         if self.preconditioner is not None:
-            hidden_states, coefficients = self.precondition(hidden_states, timestep)
+            hidden_states, coefficients = self.precondition(hidden_states, known)
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         # The residual stream keeps this memory order through all blocks, where norms would have to undo the transpose.
         tokens = tokens.contiguous()
@@ -965,9 +1156,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, temb, cond, image_rotary_emb)
+                tokens = self._gradient_checkpointing_func(block, tokens, temb, cond, image_rotary_emb, *block_inputs)
             else:
-                tokens = block(tokens, temb, cond, image_rotary_emb)
+                tokens = block(tokens, temb, cond, image_rotary_emb, *block_inputs)
 
         # 3. Output
         tokens = self.norm_out(tokens[:, :num_patches])  # (B, N, D)
@@ -1064,10 +1255,61 @@ class FreqGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
     variant_options = ("modulation_rank", "gate_residual")
 
 
+class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
+    """DiT whose residual gates differ between low and high frequencies (see `BandGateDiTBlock`).
+
+    By `set_spectrum`, as the trainer does, it learns how visible the data is in each band at each noise level.
+    """
+
+    block_class = BandGateDiTBlock
+    modulates_output = True
+    needs_spectrum = True
+    variant_options = ("modulation_rank", "band_branches", "band_drive", "band_gates")
+    model_options = ("band_basis", "band_cutoff")
+
+    def add_parts(self, dim: int):
+        self.clock_embed = nn.Linear(2, 2 * dim)
+        if self.config.band_basis == "random":
+            grid = self.config.sample_size // self.config.patch_size
+            for name, part in zip(("directions", "gains"), random_low_pass(grid, grid, self.config.band_cutoff)):
+                self.register_buffer(f"low_pass_{name}", part.to(torch.get_default_device()))
+
+    def initialize_weights(self):
+        super().initialize_weights()
+        nn.init.zeros_(self.clock_embed.weight)
+
+    def low_pass(self, rows: int, columns: int, device) -> tuple[torch.Tensor, ...]:
+        """P_low of a grid of tokens, as `apply_low_pass` takes it."""
+        if self.config.band_basis == "dct":
+            return dct_low_pass(rows, columns, self.config.band_cutoff, device)
+        grid = self.config.sample_size // self.config.patch_size
+        if (rows, columns) != (grid, grid):
+            raise ValueError(
+                f"`hidden_states` makes a grid of {rows} x {columns} tokens, but the directions of `band_basis` "
+                f"'random' are those of {grid} x {grid}: use 'dct' for other sizes than `sample_size` "
+                f"({self.config.sample_size})."
+            )
+        return self.low_pass_directions, self.low_pass_gains
+
+    def band_clocks(self, known: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Visibility of the low and the high band `(B, 2)` in (0, 1): mean Wiener gain sigmoid(l + ln S) of the
+        sample's coefficients that the band passes. What is finer than the token grid counts as high."""
+        log_snr, _, power = known
+        index = radial_index(*power.shape[-2:], power.device) * self.config.patch_size
+        low = low_pass_gains(index, self.config.band_cutoff)
+        gains = torch.sigmoid(log_snr + power.log()).mean(dim=1)  # (B, H, W)
+        return torch.stack([(band * gains).sum(dim=(1, 2)) / band.sum() for band in (low, 1 - low)], dim=1)
+
+    def block_inputs(self, hidden_states, known):
+        clocks = self.clock_embed(self.band_clocks(known).to(hidden_states.dtype)).chunk(2, dim=-1)  # 2 of (B, D)
+        return clocks, self.low_pass(*self.token_grid(hidden_states), hidden_states.device)
+
+
 # Short name, as configs and tables use it -> class.
 VARIANTS: dict[str, type[ConditionedDiTTransformer2DModel]] = {
     "in_context": InContextDiTTransformer2DModel,
     "cross_attention": CrossAttentionDiTTransformer2DModel,
     "adaln_zero": AdaLNZeroDiTTransformer2DModel,
     "freq_gate": FreqGateDiTTransformer2DModel,
+    "band_gate": BandGateDiTTransformer2DModel,
 }

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from freqgate_dit.plots import gate_curves, image_grid, loss_curves, validation_heatmap
+from freqgate_dit.plots import band_gain_curves, gate_curves, image_grid, loss_curves, validation_heatmap
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation
 
@@ -119,3 +119,14 @@ def test_gate_curves_and_image_grid(tmp_path):
     assert [len(axes.images) for axes in figure.axes] == [1, 0, 1, 0]
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), picture)
     save(figure, tmp_path / "grid.png")
+
+
+def test_band_gain_curves_are_decibel_of_low_over_high(tmp_path):
+    low, high = np.full((5, 3, 2), 2.0), np.ones((5, 3, 2))
+    high[:, 1, 1] = 20
+    figure = band_gain_curves(range(5), low, high)
+    attention, mlp = panels(figure)
+    np.testing.assert_allclose(attention.lines[1].get_ydata(), 20 * np.log10(2), rtol=1e-6)
+    np.testing.assert_allclose(mlp.lines[1].get_ydata(), -20, rtol=1e-6)
+    save(figure, tmp_path / "band_gains.png")
+    save(band_gain_curves(range(5), 0 * low, 0 * high), tmp_path / "untrained.png")  # all gates are zero

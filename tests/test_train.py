@@ -436,6 +436,23 @@ def test_a_preconditioned_run_keeps_the_spectrum_of_its_data(tmp_path, options):
         torch.testing.assert_close(spectrum["power"], power.float())
 
 
+def test_a_band_gate_run_knows_its_data_and_shows_its_gains(tmp_path, options):
+    changes = {"variant": "band_gate", "modulation_rank": 4, "ema": [0.5]}
+    main(options(**changes, max_steps=4, output_dir=tmp_path / "straight"))
+    main(options(**changes, max_steps=2))
+    main(options(**changes, max_steps=4, resume="latest"))
+    straight, resumed = state(tmp_path / "straight", 4)["model"], state(tmp_path / "run", 4)["model"]
+    assert_same_tensors(straight, resumed)
+    assert straight["transformer_blocks.0.band_modulation.linear.weight"].any()
+    assert straight["spectrum.power"].std() > 0  # not the white default
+
+    pipeline = tmp_path / "run" / "pipeline"
+    assert (pipeline / "figures" / "band_gains.png").is_file()
+    assert "figures/band_gains.png" in (pipeline / "README.md").read_text()
+    transformer = FreqGateDiTPipeline.from_pretrained(pipeline).transformer
+    assert torch.equal(transformer.spectrum.power, straight["spectrum.power"])
+
+
 def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animals):
     tiny_vae_kl().save_pretrained(tmp_path / "vae")
     changes = on_animals(

@@ -22,6 +22,7 @@ from transformer_cases import (
 from freqgate_dit import VARIANTS
 from freqgate_dit.transformer_freqgate_dit import (
     Modulation,
+    dct_low_pass,
 )
 
 
@@ -86,12 +87,61 @@ def ref_adaln(w, x, c):
     return x + gate2 * ref_mlp(w, ref_norm(w, "norm2", x) * (1 + scale2) + shift2)
 
 
+def ref_low_pass(grid, cutoff=0.3125):
+    """P_low `(N, N)`, the sum over basis images of gain times projector."""
+    projector = torch.zeros(grid[0] * grid[1], grid[0] * grid[1], dtype=torch.float64)
+    for u in range(grid[0]):
+        for v in range(grid[1]):
+            gain = 1 / (1 + math.exp(-32 * (cutoff - math.hypot(u / grid[0], v / grid[1]))))
+            rows = torch.tensor([math.cos(math.pi * u * (i + 0.5) / grid[0]) for i in range(grid[0])])
+            columns = torch.tensor([math.cos(math.pi * v * (j + 0.5) / grid[1]) for j in range(grid[1])])
+            image = (rows[:, None] * columns).double().flatten()
+            projector += (gain if gain >= 0.01 else 0) * image[:, None] * image / image.square().sum()
+    return projector
+
+
+def ref_band_gate(w, x, t, y, clocks=(0, 0), grid=None):
+    def adapter(name):
+        return y + ref_linear(w, f"{name}.up", ref_linear(w, f"{name}.down", ref_silu(y)))
+
+    def add(x, r, g, d):
+        low = (ref_low_pass(grid) if grid else projector).to(r) @ r
+        return x + (g + d) * low + g * (r - low)
+
+    projector = ref_low_pass((1, x.shape[1]))
+    c = t + clocks[1] + adapter("high")
+    shift1, scale1, gate1, shift2, scale2, gate2 = ref_linear(w, "modulation.linear", ref_silu(c))[:, None].chunk(
+        6, -1
+    )
+    c = t + clocks[0] + adapter("low")
+    band1, band2 = ref_linear(w, "band_modulation.linear", ref_silu(c))[:, None].chunk(2, -1)
+    n = ref_norm(w, "norm1", x) * (1 + scale1) + shift1
+    x = add(x, ref_attention(w, "attn", n, n), gate1, band1)
+    return add(x, ref_mlp(w, ref_norm(w, "norm2", x) * (1 + scale2) + shift2), gate2, band2)
+
+
+def ref_clocks(w, timestep):
+    """Of a model that was told no spectrum: unit power at every frequency, so both bands are equally visible."""
+    visible = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    below = timestep.long()
+    log_snr = torch.logit(visible)
+    log_snr = log_snr[below] + (timestep - below) * (log_snr[(below + 1).clamp(max=999)] - log_snr[below])
+    clocks = torch.sigmoid(log_snr)[:, None].expand(-1, 2)
+    return ref_linear(w, "clock_embed", clocks.to(w["clock_embed.weight"])).chunk(2, -1)
+
+
 REFERENCE = {
     "in_context": ref_plain,
     "cross_attention": ref_cross_attention,
     "adaln_zero": ref_adaln_zero,
     "freq_gate": ref_freq_gate,
+    "band_gate": ref_band_gate,
 }
+
+
+def block_inputs(variant: str, num_tokens: int) -> tuple:
+    """What a block of that variant needs besides tokens, time and condition: no clocks, a grid of one row."""
+    return (None, (0, 0), dct_low_pass(1, num_tokens, 0.3125)) if variant == "band_gate" else ()
 
 
 def ref_model(model, reference, hidden_states, timestep, class_labels):
@@ -116,7 +166,10 @@ def ref_model(model, reference, hidden_states, timestep, class_labels):
     if reference is ref_plain:
         x = torch.cat([x, t[:, None], y[:, None]], 1)
     for block in model.transformer_blocks:
-        x = reference(block.state_dict(), x, t, y)
+        if reference is ref_band_gate:
+            x = reference(block.state_dict(), x, t, y, ref_clocks(w, timestep.double()), (H // 2, W // 2))
+        else:
+            x = reference(block.state_dict(), x, t, y)
     x = ref_norm(w, "norm_out", x[:, :N])
     if model.modulation_out is not None:
         shift, scale = ref_linear(w, "modulation_out.linear", ref_silu(t + y))[:, None].chunk(2, -1)
@@ -136,7 +189,10 @@ def test_block_is_its_restatement(variant, affine):
     block = tiny_transformer(variant, norm_elementwise_affine=affine).transformer_blocks[0].double()
     x, t, y = (torch.randn(*shape, 32, dtype=torch.float64) for shape in ((2, 7), (2,), (2,)))
     expected = REFERENCE[variant](block.state_dict(), x, t, y)
-    torch.testing.assert_close(block(x, t, y), expected, rtol=1e-9, atol=1e-9)
+    # The low-pass itself is float32.
+    tolerance = 1e-5 if variant == "band_gate" else 1e-9
+    actual = block(x, t, y, *block_inputs(variant, 7))
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert_differ(expected, x)
 
 
@@ -169,7 +225,7 @@ def test_untrained_model_predicts_zero(variant):
 def test_adaln_block_is_the_identity_untrained(variant, rank):
     x, t, y = torch.randn(2, 7, 32), torch.randn(2, 32), torch.randn(2, 32)
     for block in untrained(variant, modulation_rank=rank).transformer_blocks:
-        assert torch.equal(block(x, t, y), x)
+        assert torch.equal(block(x, t, y, *block_inputs(variant, 7)), x)
 
 
 @pytest.mark.parametrize("variant", ADALN_VARIANTS)

@@ -28,6 +28,8 @@ CONFIGURATIONS = {
     "rope_qk_norm_swiglu": ("in_context", {"use_rope": True, "qk_norm": True, "activation_fn": "swiglu"}),
     "out_channels_no_bias": ("adaln_zero", {"out_channels": 6, "attention_bias": False, "patch_size": 4}),
     "preconditioned": ("freq_gate", {"preconditioning": "learned", "prediction_type": "v_prediction"}),
+    "band_gate_low_rank": ("band_gate", {**TEXT, "modulation_rank": 4, "band_drive": "class"}),
+    "band_gate_scalar": ("band_gate", {"band_gates": "scalar", "band_branches": "mlp", "band_drive": "time"}),
     "as_in_diffusers": ("adaln_zero", {"freq_shift": 1, "mlp_norm_eps": 1e-5}),
 }
 

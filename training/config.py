@@ -23,7 +23,13 @@ from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
 from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.data import DataConfig
 from freqgate_dit.training.ema import EMAProfile
-from freqgate_dit.transformer_freqgate_dit import ACTIVATIONS, PRECONDITIONING, PRECONDITIONING_AT, VARIANTS
+from freqgate_dit.transformer_freqgate_dit import (
+    ACTIVATIONS,
+    BAND_OPTIONS,
+    PRECONDITIONING,
+    PRECONDITIONING_AT,
+    VARIANTS,
+)
 
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -64,6 +70,11 @@ class ModelConfig:
     output_modulation: bool | None = knob(None, "Final adaLN; by default on for adaLN-type variants only.")
     modulation_rank: int | None = knob(None, "Rank of the modulation, adaLN-type variants; full if unset.")
     gate_residual: bool = knob(False, "freq_gate: add the gated mixture to the condition, to start as adaLN-Zero.")
+    band_branches: str = knob("both", "band_gate: which branches have band gates: both, attention, mlp.")
+    band_drive: str = knob("both", "band_gate: what the band gates depend on: both, time, class.")
+    band_gates: str = knob("vector", "band_gate: vector, or scalar (two numbers per branch, as in SpectralDiT).")
+    band_basis: str = knob("dct", "band_gate: dct, or random: the control, whose 'bands' have no frequency.")
+    band_cutoff: float = knob(0.3125, "band_gate: end of the low band as a fraction of the token grid's Nyquist.")
     num_condition_tokens: int = knob(2, "Memory of cross-attention: 2 (time, condition) or 1 (their sum).")
     qk_norm: bool = knob(False, "RMSNorm of queries and keys.")
     use_rope: bool = knob(False, "Rotary positions besides the sin-cos table.")
@@ -80,6 +91,8 @@ class ModelConfig:
         check_choice("freq_shift", self.freq_shift, (0, 1))
         check_choice("preconditioning", self.preconditioning, (None, *PRECONDITIONING))
         check_choice("preconditioning_at", self.preconditioning_at, PRECONDITIONING_AT)
+        for name, choices in BAND_OPTIONS.items():
+            check_choice(name, getattr(self, name), choices)
         check_range(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", least=1)
         if self.mlp_ratio <= 0:
             raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) must be positive; 4 is usual.")
@@ -87,10 +100,10 @@ class ModelConfig:
     def build(self, in_channels: int, sample_size: int, condition_arguments: dict, objective: "ObjectiveConfig"):
         """The model, for inputs `(B, in_channels, sample_size, sample_size)`."""
         arguments = dataclasses.asdict(self)
-        if self.preconditioning:  # other models need not know what they predict
+        variant = VARIANTS[arguments.pop("variant")]
+        if self.preconditioning or variant.needs_spectrum:  # other models need not know what they predict
             names = ("prediction_type", "num_train_timesteps")
             arguments |= {name: getattr(objective, name) for name in names}
-        variant = VARIANTS[arguments.pop("variant")]
         return variant(in_channels=in_channels, sample_size=sample_size, **arguments, **condition_arguments)
 
 

@@ -22,7 +22,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from freqgate_dit import FreqGateDiTPipeline, ShapesTextures, plots
-from freqgate_dit.analysis import gate_table
+from freqgate_dit.analysis import mechanism_figures
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.evaluations import Evaluation, add_evaluation
 from freqgate_dit.model_card import write_card
@@ -161,10 +161,9 @@ def main():
     strip_labels = [row * len(TEXTURES) + (3 * row) % len(TEXTURES) for row in (0, 1, 4, 6)]
     denoising_strip(pipe, strip_labels, arguments.guidance_scale).savefig(out / "denoising.png")
     written = ["samples.png", "denoising.png"]
-    if "gate" in pipe.transformer.block_class.inspectable:
-        table = gate_table(pipe.transformer, pipe.scheduler.config.num_train_timesteps)
-        plots.gate_curves(*table).savefig(out / "gate.png")
-        written.append("gate.png")
+    for name, figure in mechanism_figures(pipe.transformer, pipe.scheduler.config.num_train_timesteps).items():
+        figure.savefig(out / f"{name}.png")
+        written.append(f"{name}.png")
     if (folder.parent / "loss.png").is_file():
         shutil.copyfile(folder.parent / "loss.png", out / "loss.png")
         written.append("loss.png")

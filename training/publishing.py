@@ -9,8 +9,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from freqgate_dit import FreqGateDiTPipeline, __version__, plots
-from freqgate_dit.analysis import gate_table
+from freqgate_dit import FreqGateDiTPipeline, __version__
+from freqgate_dit.analysis import mechanism_figures
 from freqgate_dit.files import replace_folder
 from freqgate_dit.model_card import write_card
 from freqgate_dit.training.config import TrainingRun, is_local
@@ -58,9 +58,9 @@ def _draw_figures(pipeline: FreqGateDiTPipeline, figures: Path, pictures: Mappin
     for name, picture in pictures.items():
         if picture.is_file():
             shutil.copyfile(picture, figures / name)
-    if "gate" in pipeline.transformer.block_class.inspectable:
-        table = gate_table(pipeline.transformer, pipeline.scheduler.config.num_train_timesteps)
-        plots.gate_curves(*table).savefig(figures / "gate.png")
+    mechanism = mechanism_figures(pipeline.transformer, pipeline.scheduler.config.num_train_timesteps)
+    for name, figure in mechanism.items():
+        figure.savefig(figures / f"{name}.png")
 
 
 def describe_other_weights(folder: Path, pipeline: FreqGateDiTPipeline, weights: str, name: str):

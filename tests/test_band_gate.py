@@ -1,0 +1,182 @@
+"""Band-Gate: its low-pass, its start as adaLN-Zero, its options and its size."""
+
+import pytest
+import torch
+from components import randomize, tiny_transformer
+from torch.testing import assert_close
+from transformer_cases import TEXT, assert_differ, inputs, run, untrained
+
+from freqgate_dit import VARIANTS
+from freqgate_dit.analysis import band_gain_table
+from freqgate_dit.cost import count_parameters, flops_per_forward
+from freqgate_dit.transformer_freqgate_dit import (
+    apply_low_pass,
+    dct_low_pass,
+    dct_matrix,
+    low_pass_gains,
+    radial_index,
+    random_low_pass,
+)
+
+
+def basis_images(rows: int, columns: int) -> torch.Tensor:
+    """All images of the DCT's basis as tokens of one channel, `(rows * columns, N, 1)`."""
+    return torch.einsum("ui,vj->uvij", dct_matrix(rows), dct_matrix(columns)).reshape(rows * columns, -1, 1)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (16, 16), (5, 12), (1, 7), (1, 1)])
+def test_the_low_pass_scales_every_frequency_by_its_gain(grid):
+    images = basis_images(*grid)
+    gains = low_pass_gains(radial_index(*grid), 0.3125).flatten()
+    assert_close(apply_low_pass(images, dct_low_pass(*grid, 0.3125)), gains[:, None, None] * images)
+    assert gains[0] > 0.9999 and all(gain == 0 or gain >= 0.01 for gain in gains)
+
+
+def test_half_the_amplitude_passes_at_the_cutoff():
+    index = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    assert low_pass_gains(index, 0.5)[2] == 0.5 and low_pass_gains(index, 0.5)[3] == 0
+    assert (low_pass_gains(index, 0.5).diff() < 0).all()
+
+
+def test_the_random_projector_has_the_gains_of_the_low_pass_and_no_frequency():
+    def matrix(low_pass):
+        return apply_low_pass(torch.eye(64)[None], low_pass)[0]
+
+    control, low = matrix(random_low_pass(8, 8, 0.3125)), matrix(dct_low_pass(8, 8, 0.3125))
+    assert_close(control, control.T)
+    assert_close(torch.linalg.eigvalsh(control), torch.linalg.eigvalsh(low), rtol=1e-4, atol=1e-5)
+    # Low frequencies pass the one, and are split by the other like anything else.
+    wave = basis_images(8, 8)[1]
+    assert (low @ wave).norm() > 0.9 and (control @ wave).norm() < 0.8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("options", [{}, {"band_gates": "scalar"}, {"band_basis": "random"}])
+def test_with_the_weights_of_an_adaln_zero_model_it_is_that_model(rank, options):
+    baseline = tiny_transformer("adaln_zero", modulation_rank=rank)
+    model = untrained("band_gate", modulation_rank=rank, **options).eval()
+    missing, unexpected = model.load_state_dict(baseline.state_dict(), strict=False)
+    assert missing and not unexpected
+    assert_close(run(model), run(baseline))
+    for block in model.transformer_blocks:
+        randomize(block.band_modulation, seed=1)
+    assert_differ(run(model), run(baseline))
+
+
+@torch.no_grad()
+def test_a_band_gate_changes_the_low_band_of_a_residual_alone():
+    """The attention branch adds d P_low r: the difference to d = 0 has no high frequency."""
+    block = tiny_transformer("band_gate", band_branches="attention").transformer_blocks[0]
+    plain = untrained("band_gate", band_branches="attention").transformer_blocks[0]
+    plain.load_state_dict(block.state_dict())
+    torch.nn.init.zeros_(plain.band_modulation.linear.weight)
+    torch.nn.init.zeros_(plain.band_modulation.linear.bias)
+    for one in (block, plain):
+        one.ff = torch.nn.Module()
+        one.ff.forward = torch.zeros_like
+    x, t, y = torch.randn(2, 64, 32), torch.randn(2, 32), torch.randn(2, 32)
+    low_pass = dct_low_pass(8, 8, 0.3125)
+    difference = block(x, t, y, None, (0, 0), low_pass) - plain(x, t, y, None, (0, 0), low_pass)
+    power = (basis_images(8, 8)[..., 0] @ difference).square().sum(dim=(0, 2))  # of every frequency
+    passes = low_pass_gains(radial_index(8, 8), 0.3125).flatten() > 0
+    assert power[passes].min() > 1e-6 and power[~passes].max() < 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drive, moved_by", [("both", {"t", "y"}), ("time", {"t"}), ("class", {"y"})])
+def test_what_drives_the_band_gates(drive, moved_by):
+    block = tiny_transformer("band_gate", band_drive=drive).transformer_blocks[0]
+    t, y, other = torch.randn(3, 1, 32)
+    gates = block.band_modulation(block.drive_band(t, y))
+    moved = {"t": block.drive_band(other, y), "y": block.drive_band(t, other)}
+    assert {name for name, drive in moved.items() if not torch.equal(block.band_modulation(drive), gates)} == moved_by
+
+
+@pytest.mark.parametrize("branches, vectors", [("both", 2), ("attention", 1), ("mlp", 1)])
+def test_branches(branches, vectors):
+    model = tiny_transformer("band_gate", band_branches=branches)
+    with model.inspect("band") as recorder:
+        run(model)
+    assert len(recorder.records) == 2 and recorder.records[0].value.shape == (2, 1, vectors * 32)
+
+
+@torch.no_grad()
+def test_the_scalar_form_is_spectraldits():
+    block = tiny_transformer("band_gate", band_gates="scalar").transformer_blocks[0]
+    x, r, g, a = torch.randn(2, 16, 32), torch.randn(2, 16, 32), torch.randn(2, 1, 32), torch.randn(2, 1, 2)
+    low_pass = dct_low_pass(4, 4, 0.3125)
+    low = apply_low_pass(r, low_pass)
+    at_low, at_high = 0.2 * a[..., :1].tanh(), 0.2 * a[..., 1:].tanh()
+    expected = x + g * (1 + at_low) * low + g * (1 + at_high) * (r - low)
+    assert_close(block.add_residual(x, r, g, a, low_pass), expected)
+
+
+def test_the_clock_tells_which_band_is_visible():
+    model = untrained("band_gate")
+    power = torch.where(radial_index(8, 8) * 2 < 0.45, 100.0, 0.01).expand(4, 8, 8)
+    alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+    model.set_spectrum(torch.zeros(4, 8, 8), power, alphas_cumprod)
+    noisy = torch.zeros(3, 4, 8, 8)
+    clocks = model.band_clocks(model.known_of(noisy, torch.tensor([999.0, 500.0, 0.0])))
+    assert clocks.shape == (3, 2)
+    assert (clocks.diff(dim=0) > 0).all()  # from noise to data both bands appear
+    assert clocks[1, 0] > 0.9 and clocks[1, 1] < 0.3  # the low one first
+
+
+def test_statistics_and_directions_travel_with_the_weights(tmp_path):
+    model = tiny_transformer("band_gate", band_basis="random")
+    model.set_spectrum(torch.zeros(4, 8, 8), torch.rand(4, 8, 8) + 0.5, torch.linspace(0.99, 0.01, 1000))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(type(model).from_pretrained(tmp_path)), run(model))
+
+
+def test_the_band_gains_are_those_of_the_blocks():
+    model = tiny_transformer("band_gate")
+    timesteps, low, high = band_gain_table(model, num_timesteps=5)
+    assert timesteps.shape == (5,) and low.shape == high.shape == (5, 2, 2)  # timesteps, blocks, branches
+    null = torch.full((5,), model.config.num_classes)
+    with model.inspect() as recorder:
+        run(model, **inputs(model, 5) | {"timestep": torch.as_tensor(timesteps), "class_labels": null})
+    modulation, band = (
+        recorder.select(kind, block=1)[0].value.unflatten(2, (-1, 32)) for kind in ("modulation", "band")
+    )
+    gate = modulation[:, 0, [2, 5]]  # of attention and MLP
+    assert_close(torch.as_tensor(high[:, 1]), gate.square().mean(-1).sqrt())
+    assert_close(torch.as_tensor(low[:, 1]), (gate + band[:, 0]).square().mean(-1).sqrt())
+
+
+def test_size_against_adaln_zero_of_the_same_depth():
+    """At the source experiment's width and depth: fewer parameters and no more FLOPs than what it must beat."""
+    common = {**TEXT, "num_layers": 14, "pooled_projection_dim": 256}
+    with torch.device("meta"):
+        model = VARIANTS["band_gate"](modulation_rank=128, mlp_ratio=3.96875, **common)
+        baseline = VARIANTS["adaln_zero"](**common)
+    assert count_parameters(model) < 0.9 * count_parameters(baseline)
+    assert flops_per_forward(model) <= flops_per_forward(baseline)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"band_branches": "all"}, r"`band_branches` \('all'\) must be one of"),
+        ({"band_drive": "noise"}, r"`band_drive` \('noise'\) must be one of"),
+        ({"band_gates": "matrix"}, r"`band_gates` \('matrix'\) must be one of"),
+        ({"band_basis": "haar"}, r"`band_basis` \('haar'\) must be one of"),
+        ({"band_cutoff": 0.0}, r"`band_cutoff` \(0.0\) must be in \(0, 1\]"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer("band_gate", **arguments)
+
+
+def test_options_of_band_gate_do_not_apply_to_others():
+    with pytest.raises(ValueError, match=r"`band_drive` \(time\) does not apply to AdaLNZero"):
+        tiny_transformer("adaln_zero", band_drive="time")
+
+
+def test_random_directions_have_one_grid():
+    model = tiny_transformer("band_gate", band_basis="random")
+    with pytest.raises(ValueError, match="4 x 6 tokens.*use 'dct' for other sizes"):
+        run(model, **inputs(model, height=8, width=12))
