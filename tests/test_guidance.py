@@ -1,11 +1,14 @@
 """Guiders against plain formulas on the network's own predictions."""
 
+import json
+import math
+
 import pytest
 import torch
 from components import make_pipeline, sample, tiny_transformer
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
 
-from freqgate_dit.guidance import WeakModelGuidance
+from freqgate_dit.guidance import BandGuidance, InformationGuidance, WeakModelGuidance
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -121,3 +124,128 @@ def test_weak_model_guidance_needs_no_null_condition():
     )
     strong, other = (network(model, latents, timestep, None) for model in (pipe.transformer, weak))
     torch.testing.assert_close(guided, other + 3.0 * (strong - other), **CLOSE)
+
+
+# -- by band ----------------------------------------------------------------------------------------------------------
+
+
+def of_band(x, low, high):
+    """The part of `x (B, C, 8, 8)` with frequencies in [low, high) cycles per image, in float64."""
+    result = torch.zeros_like(x, dtype=torch.float64)
+    for u in range(8):
+        for v in range(8):
+            if not low <= math.hypot(u, v) / 2 < high:
+                continue
+            rows, columns = ([math.cos(math.pi * k * (i + 0.5) / 8) for i in range(8)] for k in (u, v))
+            image = torch.tensor(rows, dtype=torch.float64)[:, None] * torch.tensor(columns, dtype=torch.float64)
+            result += (x * image).sum(dim=(2, 3), keepdim=True) * image / image.square().sum()
+    return result
+
+
+def test_band_guidance(pipe):
+    guider = BandGuidance(guidance_scales=[0.5, 2.0, 4.0], edges=[1.0, 2.5])
+    guided, latents, timestep = predictions(pipe, 1, 3, ["cat", "cat"], guider=guider)
+    cond, uncond = (network(pipe.transformer, latents, timestep, label).double() for label in (0, 3))
+    shift = cond - uncond
+    expected = uncond + 0.5 * of_band(shift, 0, 1) + 2 * of_band(shift, 1, 2.5) + 4 * of_band(shift, 2.5, 99)
+    torch.testing.assert_close(guided.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_scales_are_plain_guidance(pipe):
+    alone = sample(pipe, ["cat", "dog"], guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    guider = BandGuidance(guidance_scales=[3.0, 3.0], edges=[2.0])
+    assert torch.equal(sample(pipe, ["cat", "dog"], guider=guider), alone)
+    nearly = BandGuidance(guidance_scales=[3.0, 3.0000002], edges=[2.0])  # goes through the transform
+    torch.testing.assert_close(sample(pipe, ["cat", "dog"], guider=nearly), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_guiders_are_saved_and_loaded(pipe, tmp_path):
+    BandGuidance(guidance_scales=[2.0, 3.0], edges=[1.5], intervals=[(0.0, 0.5), (0.5, 1.0)]).save_pretrained(tmp_path)
+    loaded = BandGuidance.from_pretrained(tmp_path)
+    given = BandGuidance(guidance_scales=[2.0, 3.0], edges=[1.5], intervals=[(0.0, 0.5), (0.5, 1.0)])
+    assert torch.equal(sample(pipe, "cat", guider=loaded), sample(pipe, "cat", guider=given))
+
+
+def test_bands_are_guided_in_their_intervals(pipe):
+    """In 4 steps: none, the low band, both, the high band."""
+    batches = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, args: batches.append(args[1]))
+    guider = BandGuidance(guidance_scales=[2.0, 3.0], edges=[1.5], intervals=[(0.25, 0.75), (0.5, 1.0)])
+    sample(pipe, "cat", num_inference_steps=4, guider=guider)
+    hook.remove()
+    assert len(batches) == 1 + 2 + 2 + 2  # a pass is saved where nothing is guided
+    guided, latents, timestep = predictions(pipe, 3, 4, ["cat", "cat"], guider=guider)
+    cond, uncond = (network(pipe.transformer, latents, timestep, label).double() for label in (0, 3))
+    expected = cond + 2 * of_band(cond - uncond, 1.5, 99)
+    torch.testing.assert_close(guided.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_band_guidance_at_1_is_the_model_alone(pipe):
+    alone = sample(pipe, ["cat", "dog"], guidance_scale=1)
+    for guider in (
+        BandGuidance(guidance_scales=[1.0, 1.0], edges=[2.0]),
+        BandGuidance(guidance_scales=[5.0, 9.0], edges=[2.0], enabled=False),
+    ):
+        assert torch.equal(sample(pipe, ["cat", "dog"], guider=guider), alone)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([2.0], [1.0]), "`edges`.*makes 2 bands, but `guidance_scales`.*has 1"),
+        (([2.0, 3.0], [0.0]), r"`edges` \(\[0.0\]\) must ascend and be above 0"),
+        (([2.0, 3.0, 4.0], [2.0, 1.0]), "must ascend"),
+        (([2.0, 3.0], [1.0], [(0, 1)]), "`intervals`.*has 1 entries for 2 bands"),
+        (([2.0, 3.0], [1.0], [(0, 1), (0.5, 0.25)]), r"`intervals` has \(0.5, 0.25\)"),
+    ],
+)
+def test_bands_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BandGuidance(**dict(zip(("guidance_scales", "edges", "intervals"), arguments)))
+
+
+DENSITY = [[0.0, 0.0], [1.0, -0.5], [4.0, 2.0], [0.5, 1.0]]
+
+
+@pytest.mark.parametrize("timestep, weights", [(100, [1, 1]), (400, [1.5, 1]), (740.5, [3, 2]), (999, [1.25, 1.5])])
+def test_information_guidance_follows_the_density(timestep, weights):
+    guider = InformationGuidance(guidance_scale=3.0, density=DENSITY, edges=[2.0])
+    guider.set_state(step=0, num_inference_steps=4, timestep=torch.tensor(timestep))
+    assert guider.weights() == weights
+    assert guider.num_conditions == (1 if weights == [1, 1] else 2)
+
+
+def test_flat_information_is_plain_guidance(pipe):
+    alone = sample(pipe, ["cat", "dog"], guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    flat = InformationGuidance(guidance_scale=3.0, density=[[0.2, 0.2]] * 10, edges=[2.0])
+    assert torch.equal(sample(pipe, ["cat", "dog"], guider=flat), alone)
+    assert torch.equal(sample(pipe, ["cat", "dog"], guider=flat.new()), alone)
+
+
+def write_validation(path, table, timesteps=1000):
+    measured = {"num_train_timesteps": timesteps, "bands": ["0-1", "1-2", "2-4"], "information_table": table}
+    path.write_text("{}\n" + json.dumps({"step": 2, "raw": {**measured, "information_table": None}, "ema": measured}))
+    return path
+
+
+def test_information_of_a_run_becomes_a_density_over_log_snr(tmp_path, pipe):
+    log_snr = torch.logit(pipe.scheduler.alphas_cumprod.double())[[0, 500, 999]]
+    widths = (log_snr[:-1] - log_snr[1:]).tolist()
+    # Densities 1, 2, 0 and 0.5, 4, 1 nats per unit of log-SNR.
+    table = [[1 * widths[0], 2 * widths[0], None], [0.5 * widths[1], 4 * widths[1], 1 * widths[1]]]
+    guider = InformationGuidance.from_validation(write_validation(tmp_path / "v", table), pipe.scheduler, 5.0)
+    assert guider.edges == [1.0, 2.0]
+    torch.testing.assert_close(torch.tensor(guider.shape), torch.tensor([[0.25, 0.5, 0], [0.125, 1, 0.25]]))
+    assert sample(pipe, "cat", guider=guider).isfinite().all()
+
+
+def test_information_that_makes_no_sense(tmp_path, pipe):
+    with pytest.raises(ValueError, match=r"`density` has rows of \[3\] values.*2 bands"):
+        InformationGuidance(guidance_scale=2.0, density=[[1.0, 2.0, 3.0]], edges=[1.0])
+    with pytest.raises(ValueError, match="`density` has a largest value of 0.0"):
+        InformationGuidance(guidance_scale=2.0, density=[[0.0, 0.0]], edges=[1.0])
+    with pytest.raises(ValueError, match="trained without a null condition"):
+        InformationGuidance.from_validation(write_validation(tmp_path / "v", None), pipe.scheduler, 2.0)
+    path = write_validation(tmp_path / "v", [[1.0] * 3], timesteps=500)
+    with pytest.raises(ValueError, match="`scheduler` has 1000 training timesteps.*500"):
+        InformationGuidance.from_validation(path, pipe.scheduler, 2.0)
