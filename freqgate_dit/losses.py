@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
+from freqgate_dit.spectral import dct2
 from freqgate_dit.transformer_freqgate_dit import PREDICTION_TYPES
 
 
@@ -128,6 +129,8 @@ class DiffusionObjective:
         logit_mean, logit_std: of the logit-normal distribution.
         min_snr_gamma: clip of the min-SNR weight (5 is usual), `None` for unweighted.
         spectral_weight: weight of `spectral_magnitude_loss` in the total; the term is left out at 0.
+        band_weights: weights of the squared error per DCT coefficient, from timesteps `(B,)` to shapes that broadcast
+            to `(B, C, H, W)` (`freqgate_dit.band_weights`); `None` for the plain error.
     """
 
     scheduler: DDPMScheduler
@@ -136,6 +139,7 @@ class DiffusionObjective:
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     spectral_weight: float = 0.0
+    band_weights: Callable | None = None
 
     def __post_init__(self):
         if self.scheduler.config.prediction_type not in PREDICTION_TYPES:
@@ -177,13 +181,16 @@ class DiffusionObjective:
             timesteps: `(B,)` int64.
 
         Returns:
-            "mse" `(B,)`: squared error averaged over the elements of a sample, min-SNR weighted if so set; and
-            "spectral" `(B,)` if `spectral_weight` is not 0. float32.
+            "mse" `(B,)`: squared error averaged over the elements of a sample, band and min-SNR weighted if so set;
+            and "spectral" `(B,)` if `spectral_weight` is not 0. float32.
         """
         noisy = self.scheduler.add_noise(sample, noise, timesteps)
         target = prediction_target(self.scheduler, sample, noise, timesteps).float()
         prediction = denoise(noisy, timesteps).float()
-        mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
+        if self.band_weights is None:
+            mse = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
+        else:
+            mse = (self.band_weights(timesteps) * dct2(prediction - target).square()).flatten(1).mean(dim=1)
         if self.min_snr_gamma is not None:
             snr = signal_to_noise_ratio(self.scheduler, timesteps)
             mse = mse * min_snr_weight(snr, self.min_snr_gamma, self.scheduler.config.prediction_type)

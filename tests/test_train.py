@@ -437,7 +437,7 @@ def test_a_preconditioned_run_keeps_the_spectrum_of_its_data(tmp_path, options):
 
 
 def test_a_band_gate_run_knows_its_data_and_shows_its_gains(tmp_path, options):
-    changes = {"variant": "band_gate", "modulation_rank": 4, "ema": [0.5]}
+    changes = {"variant": "band_gate", "modulation_rank": 4}
     main(options(**changes, max_steps=4, output_dir=tmp_path / "straight"))
     main(options(**changes, max_steps=2))
     main(options(**changes, max_steps=4, resume="latest"))
@@ -451,6 +451,24 @@ def test_a_band_gate_run_knows_its_data_and_shows_its_gains(tmp_path, options):
     assert "figures/band_gains.png" in (pipeline / "README.md").read_text()
     transformer = FreqGateDiTPipeline.from_pretrained(pipeline).transformer
     assert torch.equal(transformer.spectrum.power, straight["spectrum.power"])
+
+
+@pytest.mark.parametrize("kind", ["octave", "bump", "decoder"])
+def test_a_run_with_band_weights_differs_from_its_blind_control_and_resumes(kind, tmp_path, options, animals):
+    tiny_vae_kl().save_pretrained(tmp_path / "vae")
+    changes = {"band_weights": kind, "vae": tmp_path / "vae", "cache_dir": tmp_path / "cache"}
+    main(options(**changes, max_steps=4, output_dir=tmp_path / "straight"))
+    main(options(**changes, max_steps=2))
+    main(options(**changes, max_steps=4, resume="latest"))
+    straight = state(tmp_path / "straight", 4)["model"]
+    assert_same_tensors(straight, state(tmp_path / "run", 4)["model"])
+    main(options(**changes, band_blind=True, max_steps=4, output_dir=tmp_path / "blind"))
+    assert not torch.equal(straight["proj_out.weight"], state(tmp_path / "blind", 4)["model"]["proj_out.weight"])
+
+
+def test_decoder_weights_need_a_decoder(options):
+    with pytest.raises(ValueError, match="`band_weights` is 'decoder', but there is no `vae`"):
+        main(options(band_weights="decoder", max_steps=1))
 
 
 def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animals):

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
+from freqgate_dit.band_weights import BAND_WEIGHTS
 from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
 from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.data import DataConfig
@@ -152,12 +153,21 @@ class ObjectiveConfig:
     logit_std: float = knob(1.0, "Standard deviation of the logit-normal distribution of t/T.")
     min_snr_gamma: float | None = knob(None, "Min-SNR weighting with this clip (5 is usual); unset: unweighted.")
     spectral_weight: float = knob(0.0, "Weight of the source experiment's L1 loss on Fourier magnitudes.")
+    band_weights: str | None = knob(
+        None, f"Weigh the squared error per frequency: {', '.join(BAND_WEIGHTS)}; unset: all alike."
+    )
+    band_blind: bool = knob(False, "The control of band_weights: the mean weight of each noise level instead.")
     class_dropout_prob: float = knob(0.1, "How often the condition is dropped; 0 rules out guidance.")
 
     def __post_init__(self):
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_choice("band_weights", self.band_weights, (None, *BAND_WEIGHTS))
+        if self.band_blind and not self.band_weights:
+            raise ValueError(
+                f"`band_blind` (True) is the control of `band_weights`, which is unset: one of {BAND_WEIGHTS}."
+            )
         check_range(self, "num_train_timesteps", least=1)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(

@@ -1,14 +1,18 @@
 """Schedules: the learning rate over steps, the noise over timesteps, and what is spread over a run."""
 
 import math
+from functools import partial
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers import SchedulerMixin
 
+from freqgate_dit.band_weights import BandWeights, decoder_weights, octave_weights
 from freqgate_dit.losses import DiffusionObjective
+from freqgate_dit.pipelines.pipeline_freqgate_dit import decode_from_latents
 from freqgate_dit.samplers import make_sampler
 from freqgate_dit.training.config import ObjectiveConfig, TrainConfig
+from freqgate_dit.training.latents import CachedLatents
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -41,6 +45,27 @@ def make_sampling_scheduler(name: str, training: DDPMScheduler, spectrum: dict |
             f"DDPMScheduler and {type(sampling).__name__} disagree on the noise schedule; please report it."
         )
     return sampling
+
+
+def make_band_weights(
+    config: ObjectiveConfig, scheduler: DDPMScheduler, power: torch.Tensor, data: CachedLatents, vae
+) -> BandWeights | None:
+    """The weights that `config` names, for data of that `power (C, H, W)`; the same whenever a run is resumed."""
+    if config.band_weights is None:
+        return None
+    if config.band_weights == "bump":
+        return BandWeights(power=power, alphas_cumprod=scheduler.alphas_cumprod, blind=config.band_blind)
+    if config.band_weights == "octave":
+        return BandWeights(octave_weights(*power.shape[1:])[None], blind=config.band_blind)
+    if vae is None:
+        raise ValueError(
+            "`band_weights` is 'decoder', but there is no `vae`: a model of pixels has no decoder to ask. Choose "
+            "octave or bump."
+        )
+    some = torch.arange(min(16, len(data)))
+    latents, _ = data.draw(some, torch.zeros(len(some)), None)
+    weights = decoder_weights(partial(decode_from_latents, vae), latents.to(vae.device))
+    return BandWeights(weights, blind=config.band_blind)
 
 
 def make_objective(config: ObjectiveConfig, scheduler: DDPMScheduler) -> DiffusionObjective:

@@ -66,6 +66,7 @@ from freqgate_dit.training.resume import refuse_other_run
 from freqgate_dit.training.schedules import (
     is_spread,
     learning_rate,
+    make_band_weights,
     make_objective,
     make_sampling_scheduler,
     make_scheduler,
@@ -266,6 +267,9 @@ class Trainer:
         if self.model.spectrum is not None and self.checkpoint is None:  # a checkpoint brings its own
             alphas_cumprod = self.objective.scheduler.alphas_cumprod
             self.model.set_spectrum(statistics.mean, statistics.power, alphas_cumprod)
+        self.objective.band_weights = make_band_weights(
+            config.objective, self.objective.scheduler, statistics.power, data, self.vae
+        )
         # Images that are all alike have no spectrum, which is an error only of a sampler that needs one.
         spectrum = statistics.spectrum() if statistics.power.any() else None
         self.sampler = make_sampling_scheduler(config.sampling.sampler, self.objective.scheduler, spectrum)
