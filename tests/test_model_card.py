@@ -533,3 +533,34 @@ def test_the_projects_own_card_is_made_from_its_files():
     # The command is one for the root of a checkout.
     for path in re.findall(r"\]\((results/[^)]*)\)|--config (\S+)", card):
         assert (ROOT / "".join(path)).is_file(), path
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, None),
+        ({"preconditioning": "wiener"}, "input, skip connection and output are scaled per spatial frequency"),
+        ({"preconditioning": "learned", "preconditioning_at": "output"}, "skip connection and output are scaled per"),
+        ({"preconditioning": "scalar", "preconditioning_at": "input"}, "input is scaled by the power"),
+        ({"preconditioning": "mask"}, "input passes a low-pass"),
+    ],
+)
+def test_preconditioning_is_told(options, words, tmp_path):
+    transformer = tiny_transformer("adaln_zero", prediction_type="epsilon", **options)
+    make_pipeline(transformer).save_pretrained(tmp_path)
+    text = str(render_card(tmp_path))
+    assert ("SpectralPreconditioner" in text) == bool(words)
+    assert words is None or f"The network's {words}" in text and f", {options['preconditioning']})." in text
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "acts on the low frequencies of the token grid alone"),
+        ({"band_basis": "random", "band_branches": "mlp"}, "acts on a fixed random projection P of the tokens"),
+    ],
+)
+def test_band_gate_is_described(options, words, tmp_path):
+    make_pipeline(tiny_transformer("band_gate", **options)).save_pretrained(tmp_path)
+    text = str(render_card(tmp_path))
+    assert words in text and ("the mlp branch r" if options else "both branches r") in text
