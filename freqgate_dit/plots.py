@@ -251,3 +251,51 @@ def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarr
     columns[0].set_ylabel("gain of low over high band (dB)")
     columns[0].legend(frameon=False, fontsize=7, ncols=2)
     return figure
+
+
+def difference_curves(steps: Sequence[int], differences: dict[str, list[dict]], baseline: str):
+    """How the difference of each arm to the baseline develops: does a gain persist?
+
+    Args:
+        steps: `(S,)`, ascending.
+        differences: arm -> S dictionaries with "mean", "low" and "high" in percent.
+        baseline: name of the arm at 0.
+    """
+    figure, axes = new_figure(7, 4)
+    for index, (arm, values) in enumerate(differences.items()):
+        mean, low, high = (np.array([value[name] for value in values]) for name in ("mean", "low", "high"))
+        colour = PALETTE[index % len(PALETTE)]
+        axes.plot(steps, mean, color=colour, lw=1.5, marker="o", ms=3, label=arm)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+    axes.axhline(0, color="0.4", lw=1, ls="--", label=baseline)
+    axes.set(xlabel="optimiser step", ylabel="held-out error, difference (%)", title="Paired mean, 95 % t-interval")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def forest_plot(differences: dict[str, dict[str, dict]], baseline: str):
+    """Final differences of each arm to the baseline with intervals, over everything and by band.
+
+    Args:
+        differences: arm -> column ("all", a band) -> dictionary with "mean", "low" and "high" in percent.
+        baseline: name of the arm at 0.
+    """
+    columns = list(next(iter(differences.values())))
+    figure, panels = new_figure(
+        2.4 * len(columns) + 1.5, 1 + 0.4 * len(differences), columns=len(columns), sharey=True, squeeze=False
+    )
+    places = range(len(differences) - 1, -1, -1)
+    for column, axes in zip(columns, panels[0]):
+        for place, (index, values) in zip(places, enumerate(differences.values())):
+            value = values[column]
+            colour = PALETTE[index % len(PALETTE)]
+            axes.plot([value["low"], value["high"]], [place, place], color=colour, lw=2)
+            axes.plot(value["mean"], place, "o", color=colour, ms=6)
+        axes.axvline(0, color="0.4", lw=1, ls="--")
+        axes.set_title("all frequencies" if column == "all" else f"{column} cycles/image", fontsize=9)
+        axes.set_ylim(-0.6, len(differences) - 0.4)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0][0].set_yticks(list(places), list(differences))
+    figure.supxlabel(f"held-out error, difference to {baseline} (%)", fontsize=9)
+    return figure
