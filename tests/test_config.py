@@ -9,7 +9,8 @@ import yaml
 from freqgate_dit.training.config import SECTIONS, field_types, load_yaml, parse_config
 
 
-PRESETS = sorted((Path(__file__).resolve().parents[1] / "training" / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
+PRESETS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("compare_*.yaml")))
 
 
 def write(tmp_path, text):

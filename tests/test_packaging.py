@@ -23,7 +23,8 @@ files = {{name: importlib.import_module(name).__file__ for name in {MODULES!r}}}
 from freqgate_dit import FreqGateDiTPipeline, FreqGateDiTTransformer2DModel
 from freqgate_dit.training.config import parse_config
 presets = sorted(pathlib.Path(files["freqgate_dit.training.train"]).parent.glob("configs/*.yaml"))
-variants = [parse_config(["--config", str(preset)]).model.variant for preset in presets]
+variants = [parse_config(["--config", str(preset)]).model.variant for preset in presets
+            if not preset.name.startswith("compare_")]
 print(json.dumps([files, [preset.name for preset in presets]]))
 """
 

@@ -284,8 +284,8 @@ def test_a_summary_of_training_is_whole_and_finite(recorded, tmp_path):
 def test_a_transformer_of_a_newer_version_is_refused(recorded, tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(recorded, folder)
-    change_json(folder / "model_index.json", transformer=["transformer_freqgate_dit", "BandGateDiTTransformer2DModel"])
-    with pytest.raises(ValueError, match="the class BandGateDiTTransformer2DModel, which freqgate_dit"):
+    change_json(folder / "model_index.json", transformer=["transformer_freqgate_dit", "WaveletDiTTransformer2DModel"])
+    with pytest.raises(ValueError, match="the class WaveletDiTTransformer2DModel, which freqgate_dit"):
         read_summary(folder)
 
 

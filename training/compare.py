@@ -1,6 +1,6 @@
 """Compare recipes fairly: every arm with every seed, on the same data, noise and number of steps.
 
-    python training/compare.py --config training/configs/compare_variants.yaml
+    python training/compare.py --config training/configs/compare_variants.yaml --out runs/compare_variants
 
 The file names the arms (options of training/train.py that differ), what they share, the seeds and the baseline. Runs
 go into `--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the order of the data, noise,
