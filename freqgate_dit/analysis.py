@@ -55,13 +55,11 @@ def band_gain_table(
     ):
         gates = dict(zip(("attention", "mlp"), modulation.value[:, 0].float().chunk(6, dim=-1)[2::3]))  # (T, D) each
         bands = dict(zip(block.branches, band.value[:, 0].float().chunk(len(block.branches), dim=-1)))
-        for kept, with_excess in ((low, True), (high, False)):
-            gains = []
-            for branch, gate in gates.items():
-                gain, excess = block.band_gains(gate, bands.get(branch))
-                gains.append(gain + excess if with_excess and excess is not None else gain)
-            kept.append(torch.stack([gain.square().mean(-1).sqrt() for gain in gains], dim=-1))
-    return timesteps.numpy(), torch.stack(low, dim=1).numpy(), torch.stack(high, dim=1).numpy()
+        gains = [block.band_gains(gate, bands.get(branch)) for branch, gate in gates.items()]
+        high.append(torch.stack([gain for gain, _ in gains], dim=1))  # (T, branches, D)
+        low.append(torch.stack([gain if excess is None else gain + excess for gain, excess in gains], dim=1))
+    low, high = (torch.stack(gains, dim=1).square().mean(-1).sqrt().numpy() for gains in (low, high))
+    return timesteps.numpy(), low, high
 
 
 def mechanism_figures(transformer: ConditionedDiTTransformer2DModel, num_train_timesteps: int) -> dict:

@@ -39,6 +39,11 @@ def read_json(path: Path) -> dict:
     return values
 
 
+def read_json_lines(path: Path) -> list[dict]:
+    """What each line of a file holds; nothing where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Fill `FOLDER.tmp` with `write`, then give it its name. What has that name already stays if anything fails.
 

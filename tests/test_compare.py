@@ -9,7 +9,8 @@ import yaml
 from tiny_runs import MODEL, ROOT
 
 from freqgate_dit.statistics import paired_difference
-from freqgate_dit.training.compare import main, run_all
+from freqgate_dit.training.compare import main, run_all, training_job
+from freqgate_dit.training.matching import nearest
 
 
 def write(path, **changes):
@@ -34,8 +35,18 @@ def write(path, **changes):
     return ["--config", str(path), "--out", str(path.parent / "out")]
 
 
+FEATURES = """
+import torch
+def net(images):  # uint8 (N, 3, H, W) -> (N, 12)
+    return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+"""
+
+
 def test_a_comparison_end_to_end(tmp_path, capsys):
-    words = write(tmp_path / "c.yaml")
+    (tmp_path / "net.py").write_text(FEATURES)
+    reference = {"reference": "shapes_textures", "features": f"{tmp_path / 'net.py'}:net", "num_images": 36}
+    evaluation = {**reference, "steps": 2, "bootstrap": 0, "force": True, "cpu_threads": 1}
+    words = write(tmp_path / "c.yaml", evaluation=evaluation)
     main(words)
     out = tmp_path / "out"
     result = json.loads((out / "comparison.json").read_text())
@@ -53,6 +64,14 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     # Both arms predict 0 before the first step, on the same noisy images, and differ after it.
     assert result["arms"]["band_gate"]["difference_percent_by_step"][0]["mean"] == pytest.approx(0, abs=1e-9)
     assert difference["mean"] != 0
+    # The images too: the same noise for all, and an evaluation's numbers.
+    name = "fd_net_36_forced_vs_heldout"
+    for arm in ("adaln", "band_gate"):
+        files = [out / "runs" / f"{arm}_seed{seed}" / "evaluation" / "evaluation.json" for seed in (0, 1)]
+        values = [{m["name"]: m["value"] for m in json.loads(file.read_text())["metrics"]}[name] for file in files]
+        assert result["arms"][arm]["metrics"][name] == values and values[0] != values[1]
+    [contrast] = result["contrasts"]
+    assert contrast["difference_percent"] == difference and contrast["metrics_difference"][name]["num_pairs"] == 2
     printed = capsys.readouterr().out
     assert "| band_gate | " in printed and "baseline" in (out / "comparison.md").read_text()
     for name in ("curves.png", "forest.png"):
@@ -63,12 +82,18 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     before = log.read_text()
     main(words)
     assert log.read_text() == before and "4 of 4 runs were finished before" in capsys.readouterr().out
-    # A run that lost its end goes on, one without a checkpoint starts again, and the numbers are the same.
+    # A report of what is there is the same; with a third seed missing it leaves that out.
+    for seeds in ([0, 1], [0, 1, 2]):
+        main([*write(tmp_path / "c.yaml", evaluation=evaluation, seeds=seeds), "--report_only"])
+        report = json.loads((out / "comparison.json").read_text())
+        assert report["seeds"] == [0, 1] and report["contrasts"] == result["contrasts"]
+    with pytest.raises(SystemExit, match="1 seeds have all arms finished"):
+        main([*write(tmp_path / "c.yaml", evaluation=evaluation, seeds=[1, 2]), "--report_only"])
+    capsys.readouterr()
+    # A run that lost its end goes on, and the numbers are the same.
     shutil.rmtree(out / "runs" / "adaln_seed0" / "checkpoints" / "step_00000004")
-    for folder in ("adaln_seed0", "band_gate_seed1"):
-        shutil.rmtree(out / "runs" / folder / "pipeline")
-    shutil.rmtree(out / "runs" / "band_gate_seed1" / "checkpoints")
-    main([*words, "--parallel", "2"])
+    shutil.rmtree(out / "runs" / "adaln_seed0" / "pipeline")
+    main(write(tmp_path / "c.yaml", evaluation=evaluation))
     assert "resuming from step_00000002" in log.read_text().removeprefix(before)
     again = json.loads((out / "comparison.json").read_text())
     for arm, numbers in result["arms"].items():
@@ -77,7 +102,7 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
 
 def test_dry_run_prints_the_commands(tmp_path, capsys):
     main([*write(tmp_path / "c.yaml"), "--dry_run"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert len(lines) == 4 and not (tmp_path / "out").exists()
     assert all("--max_steps 4" in line and "--seed" in line for line in lines)
     assert "--modulation_rank 4 --variant band_gate" in lines[1]
@@ -86,7 +111,32 @@ def test_dry_run_prints_the_commands(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("compare_*.yaml")), ids=lambda p: p.stem)
 def test_the_shipped_comparisons_are_valid(path, tmp_path, capsys):
     main(["--config", str(path), "--out", str(tmp_path), "--dry_run"])
-    assert len(capsys.readouterr().out.splitlines()) >= 4
+    printed = capsys.readouterr().out
+    assert "| adaln_zero | " in printed and printed.count("python training/train.py") >= 4
+
+
+@pytest.mark.parametrize("match, by", [("num_layers", "flops"), ("modulation_rank", "parameters")])
+def test_an_arm_is_matched_to_the_baseline(match, by, tmp_path, capsys):
+    arms = {"adaln": {"variant": "adaln_zero", "num_layers": 5}, "band_gate": {"variant": "band_gate", "match": match}}
+    config = tmp_path / "c.yaml"
+    main([*write(config, arms=arms, match_by=by), "--dry_run"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "--variant band_gate" in line]
+    chosen = int(lines[0][lines[0].index(f"--{match}") + 1])
+    column = {"parameters": 2, "flops": 3}[by]
+
+    def share(value):
+        arms["band_gate"] = {"variant": "band_gate", match: value}
+        main([*write(config, arms=arms), "--dry_run"])
+        [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| band_gate")]
+        return abs(float(row.split("|")[column].split("(")[1].split(")")[0]) - 1)
+
+    assert share(chosen) <= min(share(chosen + 1), share(max(1, chosen - 1)))
+
+
+def test_nearest_of_known_counts():
+    assert [nearest(lambda n: 10 * n, target) for target in (1, 14, 16, 70, 1004, 1006)] == [1, 1, 2, 7, 100, 101]
+    with pytest.raises(ValueError, match="even 4096 gives 4,096, less than 5,000"):
+        nearest(lambda n: n, 5000)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +151,11 @@ def test_the_shipped_comparisons_are_valid(path, tmp_path, capsys):
         ({"arms": {"adaln": {}, "../b": {}}}, r"`arms` has '\.\./b'"),
         ({"common": {"seed": 1}}, "`common` has `seed`"),
         ({"common": {"num_epochs": 1}}, "`common` needs `max_steps`"),
+        ({"contrasts": [["adaln", "other"]]}, r"`contrasts` has \['adaln', 'other'\]"),
+        ({"match_by": "size"}, r"`match_by` \('size'\) must be parameters or flops"),
+        ({"arms": {"adaln": {}, "b": {"match": "width"}}}, r"`match` \('width'\) in 'b'"),
+        ({"evaluation": {"reference": "shapes_textures", "num_images": 0}}, r"`num_images` \(0\) must be at least 1"),
+        ({"evaluation": {"reference": "shapes_textures", "out": "x"}}, r"`evaluation` has `out`"),
         ({"colour": 1}, "must hold baseline, seeds, common, arms"),
     ],
 )
@@ -110,8 +165,12 @@ def test_comparisons_that_make_no_sense(changes, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_fails_is_named(tmp_path):
+def test_a_run_that_fails_is_named(tmp_path, capsys):
     folder = tmp_path / "adaln_seed0"
+    folder.mkdir()
     words = ["--max_steps", "1", "--dataset", str(tmp_path / "none"), "--output_dir", str(folder)]
+    job = training_job("adaln with seed 0", words, folder)
+    assert "adaln with seed 0 was cut off before its first checkpoint" in capsys.readouterr().out
+    assert not folder.exists() and "--resume" not in job.command
     with pytest.raises(RuntimeError, match=r"adaln with seed 0 ended with status 1.*was not found.*adaln_seed0\.log"):
-        run_all({("adaln", 0): (words, folder)}, 1)
+        run_all([job], 1, "training")

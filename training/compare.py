@@ -2,35 +2,38 @@
 
     python training/compare.py --config training/configs/compare_variants.yaml --out runs/compare_variants
 
-The file names the arms (options of training/train.py that differ), what they share, the seeds and the baseline. Runs
-go into `--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the order of the data, noise,
-timesteps and dropped labels of all arms alike, and all are validated on the same noisy images: differences are paired.
-Written: `comparison.json` (all numbers), `comparison.md` (the table), `curves.png`, `forest.png`. A difference in
-held-out error is no difference in images.
+The file names the arms (options of training/train.py that differ), what they share, the seeds, the baseline, and the
+contrasts that the comparison is made for. An arm may say `match: num_layers` or `match: modulation_rank`, which is
+then chosen to bring it to the baseline's number of parameters (`match_by: flops`: of FLOPs). Runs go into
+`--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the order of the data, noise, timesteps
+and dropped labels of all arms alike, and all are validated on the same noisy images: differences are paired. With
+`evaluation` (options of training/evaluation.py) each trained model is sampled from the same noise and its images are
+measured too. Written: `comparison.json` (all numbers), `comparison.md` (the tables), `curves.png`, `forest.png`.
 """
 
 import argparse
-import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
 import yaml
 from tqdm import tqdm
 
-from freqgate_dit import __version__, plots
-from freqgate_dit.files import write_text
+
+# An uninstalled checkout: `python training/compare.py` puts this folder, not the root, on the path.
+if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+from freqgate_dit.files import read_json_lines
 from freqgate_dit.model_card import table
-from freqgate_dit.statistics import holm, paired_difference
-from freqgate_dit.summary import read_summary
 from freqgate_dit.training.checkpoints import checkpoint_folders
-from freqgate_dit.training.config import parse_config
+from freqgate_dit.training.config import TrainingRun, parse_config
+from freqgate_dit.training.evaluation import check_arguments, make_parser
+from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest
+from freqgate_dit.training.paired import summarise, write_report
 
 
 # With others, held-out errors are not of the same thing.
@@ -49,233 +52,196 @@ class Comparison:
         baseline: name of the arm that the others are compared with.
         seeds: of training, at least 2.
         common: options of the trainer that all arms share.
-        arms: name -> options of the trainer that only this arm has.
+        arms: name -> options of the trainer that only this arm has; `match` names the option to choose for it.
+        contrasts: pairs of arms, the first compared with the second, that were chosen before looking; p-values are
+            adjusted for their number. By default each arm with the baseline.
+        match_by: what matched arms have as many of as the baseline: "parameters" or "flops".
         weights: which held-out errors count: "ema", of the averaged weights, or "raw".
+        evaluation: options of `training/evaluation.py` for the images of each trained model; by default they are not
+            sampled.
+
+    Raises:
+        ValueError: if something cannot be meant.
     """
 
     baseline: str
     seeds: list[int]
     common: dict
     arms: dict[str, dict]
+    contrasts: list[tuple[str, str]] = field(default_factory=list)
+    match_by: str = "parameters"
     weights: str = "ema"
+    evaluation: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if len(set(self.seeds)) < max(2, len(self.seeds)):
             raise ValueError(f"`seeds` ({self.seeds}) must be at least 2 different numbers.")
         if len(self.arms) < 2 or self.baseline not in self.arms:
             raise ValueError(f"`baseline` ({self.baseline!r}) must be one of at least 2 `arms` ({list(self.arms)}).")
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"`weights` ({self.weights!r}) must be ema or raw.")
+        for name, choices in (("weights", ("ema", "raw")), ("match_by", tuple(COUNTS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` ({getattr(self, name)!r}) must be {' or '.join(choices)}.")
         for arm, options in self.arms.items():
             if not arm.replace("_", "").isalnum():
                 raise ValueError(f"`arms` has {arm!r}: use letters, digits and underscores, it becomes a folder.")
             for name in SHARED:
                 if name in options:
                     raise ValueError(f"`arms` has `{name}` in {arm!r}; that must be the same for all: use `common`.")
+            if options.get("match", MATCHED[0]) not in MATCHED or ("match" in options and arm == self.baseline):
+                raise ValueError(
+                    f"`match` ({options['match']!r}) in {arm!r}: an arm other than the baseline can match by "
+                    f"{' or '.join(MATCHED)}."
+                )
         for name in ("seed", "output_dir"):
             if name in self.common:
                 raise ValueError(f"`common` has `{name}`, which the comparison sets itself.")
+        for name in ("pipeline", "images", "out"):
+            if name in self.evaluation:
+                raise ValueError(f"`evaluation` has `{name}`, which the comparison sets itself.")
+        for pair in self.contrasts:
+            if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(self.arms):
+                raise ValueError(f"`contrasts` has {pair}: give pairs of two different `arms` ({list(self.arms)}).")
+        if not self.contrasts:
+            others = [(arm, self.baseline) for arm in self.arms if arm != self.baseline]
+            object.__setattr__(self, "contrasts", others)
 
     def arguments(self, arm: str, seed: int, folder: Path) -> list[str]:
         """The trainer's command line for one run in `folder`."""
-        options = {**self.common, **self.arms[arm], "seed": seed, "output_dir": folder}
-        words = []
-        for name, value in options.items():
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *("none" if value is None else str(value) for value in values)]
-        return words
+        options = {name: value for name, value in self.arms[arm].items() if name != "match"}
+        return words_of({**self.common, **options, "seed": seed, "output_dir": folder})
+
+    def config(self, arm: str, **options) -> TrainingRun:
+        """What the trainer would make of the arm, with further `options`."""
+        arms = {**self.arms, arm: {**self.arms[arm], **options}}
+        return parse_config(replace(self, arms=arms).arguments(arm, self.seeds[0], Path("run")))
+
+
+def words_of(options: dict) -> list[str]:
+    """Options as the words of a command: a list is several values, `true` a flag."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *("none" if value is None else str(value) for value in values if value is not True)]
+    return words
 
 
 def load_comparison(path: Path) -> Comparison:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Comparison(**values)
-    except (yaml.YAMLError, TypeError) as error:
+        return Comparison(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"`--config` ({path}) must hold baseline, seeds, common, arms and perhaps weights: {error}."
+            f"`--config` ({path}) must hold baseline, seeds, common, arms, and perhaps contrasts, match_by, weights, "
+            f"evaluation: {error}."
         ) from error
+
+
+def matched(comparison: Comparison, sizes: ModelSizes) -> Comparison:
+    """The comparison with a number in place of every `match`."""
+    target = sizes(comparison.config(comparison.baseline))[comparison.match_by]
+    arms = dict(comparison.arms)
+    for arm, options in comparison.arms.items():
+        if "match" in options:
+            name = options["match"]
+
+            def count(value: int) -> int:
+                return sizes(comparison.config(arm, **{name: value}))[comparison.match_by]
+
+            arms[arm] = {key: value for key, value in options.items() if key != "match"} | {
+                name: nearest(count, target)
+            }
+    return replace(comparison, arms=arms)
+
+
+def sizes_table(comparison: Comparison, sizes: ModelSizes) -> str:
+    counts = {arm: sizes(comparison.config(arm)) for arm in comparison.arms}
+    base = counts[comparison.baseline]
+    rows = [
+        (
+            arm,
+            f"{count['parameters'] / 1e6:.3f} M ({count['parameters'] / base['parameters']:.2f})",
+            f"{count['flops'] / 1e9:.3f} ({count['flops'] / base['flops']:.2f})",
+        )
+        for arm, count in counts.items()
+    ]
+    return table(rows, ("arm", "parameters", "GFLOPs"))
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def last_validation(folder: Path) -> dict | None:
-    path = folder / "validation.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else None
+@dataclass(frozen=True)
+class Job:
+    """A command in a process of its own; what it prints goes to the end of the file `log`."""
+
+    name: str
+    command: list[str]
+    log: Path
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    last = last_validation(folder)
-    return last is not None and last["step"] == steps and (folder / "pipeline" / "model_index.json").is_file()
+def is_trained(folder: Path, steps: int) -> bool:
+    validated = [record["step"] for record in read_json_lines(folder / "validation.jsonl")]
+    return validated[-1:] == [steps] and (folder / "pipeline" / "model_index.json").is_file()
 
 
-def log_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.log")
+def is_evaluated(folder: Path) -> bool:
+    return (folder / "evaluation" / "evaluation.json").is_file()
 
 
-def run_all(runs: dict[tuple[str, int], tuple[list[str], Path]], parallel: int):
-    """Train what is not finished, `parallel` runs at a time; what each prints goes into a file beside its folder."""
-    waiting = {}
-    for key, (arguments, folder) in runs.items():
-        if not is_finished(folder, parse_config(arguments).train.max_steps):
-            waiting[key] = arguments, folder
-    if len(waiting) < len(runs):
-        print(f"{len(runs) - len(waiting)} of {len(runs)} runs were finished before")
-    running = {}
-    progress = tqdm(total=len(waiting), desc="training", unit="run")
+def training_job(name: str, words: list[str], folder: Path) -> Job:
+    """Start or go on with the run in `folder`."""
+    if checkpoint_folders(folder / "checkpoints"):
+        words = [*words, "--resume", "latest"]
+    elif folder.exists():
+        print(f"{name} was cut off before its first checkpoint: deleting {folder}, starting again")
+        shutil.rmtree(folder)
+    return script_job(name, "train.py", words, folder)
+
+
+def evaluation_job(name: str, options: dict, folder: Path) -> Job:
+    words = words_of({"pipeline": folder / "pipeline", **options, "out": folder / "evaluation"})
+    return script_job(name, "evaluation.py", words, folder)
+
+
+def script_job(name: str, script: str, words: list[str], folder: Path) -> Job:
+    return Job(name, [sys.executable, str(Path(__file__).with_name(script)), *words], Path(f"{folder}.log"))
+
+
+def run_all(jobs: list[Job], parallel: int, what: str):
+    """Run all jobs, `parallel` at a time.
+
+    Raises:
+        RuntimeError: if one fails; the others that run are stopped.
+    """
+    waiting, running = list(jobs), {}
+    progress = tqdm(total=len(jobs), desc=what, unit="run")
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
-                key = next(iter(waiting))
-                arguments, folder = waiting.pop(key)
-                if checkpoint_folders(folder / "checkpoints"):
-                    arguments = [*arguments, "--resume", "latest"]
-                elif folder.exists():
-                    shutil.rmtree(folder)  # cut off before its first checkpoint: there is nothing to go on from
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "freqgate_dit.training.train", *arguments]
-                with open(log_of(folder), "a", encoding="utf-8") as log:
-                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
-                running[key] = process, folder
-            for key, (process, folder) in list(running.items()):
+                job = waiting.pop(0)
+                job.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(job.log, "a", encoding="utf-8") as log:
+                    running[job.name] = job, subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT)
+            for job, process in list(running.values()):
                 if process.poll() is None:
                     continue
-                del running[key]
+                del running[job.name]
                 if process.returncode:
-                    said = log_of(folder).read_text(encoding="utf-8").splitlines()[-1:]
+                    said = job.log.read_text(encoding="utf-8").splitlines()[-1:]
                     raise RuntimeError(
-                        f"{key[0]} with seed {key[1]} ended with status {process.returncode}: {''.join(said)} (more "
-                        f"in {log_of(folder)}). The same command goes on where it stopped."
+                        f"{job.name} ended with status {process.returncode}: {''.join(said)} (more in {job.log}). The "
+                        "same command goes on where it stopped."
                     )
                 progress.update()
             time.sleep(0.2)
     finally:
         progress.close()
-        for process, _ in running.values():
+        for _, process in running.values():
             process.terminate()
-        for process, _ in running.values():
+        for _, process in running.values():
             process.wait()
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
-
-
-def read_run(folder: Path, weights: str) -> dict:
-    """Held-out errors of a run by step: "steps", "loss" `(S,)`, "bands", "loss_by_band" `(S, bands)`; its speed."""
-    records = [json.loads(line) for line in (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
-    measured = [record.get(weights) or record["raw"] for record in records]
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {
-        "steps": [record["step"] for record in records],
-        "loss": [values["loss"] for values in measured],
-        "bands": measured[0]["bands"],
-        "loss_by_band": [values["loss_by_band"] for values in measured],
-        "images_per_second": float(
-            np.median([line["images_per_second"] for line in metrics if "images_per_second" in line] or [np.nan])
-        ),
-    }
-
-
-def relative_difference(arm: np.ndarray, baseline: np.ndarray) -> dict:
-    """Paired differences in percent of the baseline's mean, over seeds."""
-    scale = 100 / baseline.mean()
-    return asdict(paired_difference(arm * scale, baseline * scale))
-
-
-def summarise(comparison: Comparison, folders: dict[tuple[str, int], Path]) -> dict:
-    """All numbers of finished runs, ready for JSON."""
-    runs = {key: read_run(folder, comparison.weights) for key, folder in folders.items()}
-    steps = runs[comparison.baseline, comparison.seeds[0]]["steps"]
-    bands = runs[comparison.baseline, comparison.seeds[0]]["bands"]
-
-    def losses(arm: str) -> np.ndarray:  # (seeds, S)
-        return np.array([runs[arm, seed]["loss"] for seed in comparison.seeds])
-
-    def losses_by_band(arm: str) -> np.ndarray:  # (seeds, bands), at the end
-        return np.array([runs[arm, seed]["loss_by_band"][-1] for seed in comparison.seeds])
-
-    arms = {}
-    for arm in comparison.arms:
-        model = read_summary(folders[arm, comparison.seeds[0]] / "pipeline")
-        arms[arm] = {
-            "options": comparison.arms[arm],
-            "parameters": model.parameters,
-            "flops": model.flops,
-            "images_per_second": float(np.median([runs[arm, seed]["images_per_second"] for seed in comparison.seeds])),
-            "loss": losses(arm).tolist(),
-            "loss_mean": losses(arm)[:, -1].mean(),
-            "loss_std": losses(arm)[:, -1].std(ddof=1),
-        }
-        if arm != comparison.baseline:
-            base = losses(comparison.baseline)
-            arms[arm] |= {
-                "difference_percent": relative_difference(losses(arm)[:, -1], base[:, -1]),
-                "difference_percent_by_step": [
-                    relative_difference(losses(arm)[:, index], base[:, index]) for index in range(len(steps))
-                ],
-                "difference_percent_by_band": {
-                    band: relative_difference(
-                        losses_by_band(arm)[:, index], losses_by_band(comparison.baseline)[:, index]
-                    )
-                    for index, band in enumerate(bands)
-                },
-            }
-    others = [arm for arm in arms if arm != comparison.baseline]
-    adjusted = holm([arms[arm]["difference_percent"]["p_two_sided"] for arm in others])
-    for arm, p in zip(others, adjusted):
-        arms[arm]["p_holm"] = p
-    versions = {"freqgate_dit": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    return {**asdict(comparison), "steps": steps, "bands": bands, "arms": arms, "versions": versions}
-
-
-def markdown(result: dict) -> str:
-    """The comparison as a table, best first."""
-    baseline = result["arms"][result["baseline"]]
-    bands = [f"{band} cycles" for band in result["bands"]]
-    header = ("arm", "parameters", "GFLOPs", "images/s", "held-out error", "difference", "p", "p (Holm)", *bands)
-    rows = []
-    for name, arm in sorted(result["arms"].items(), key=lambda item: item[1]["loss_mean"]):
-        row = [
-            name,
-            f"{arm['parameters'] / 1e6:.2f} M ({arm['parameters'] / baseline['parameters']:.2f})",
-            f"{arm['flops'] / 1e9:.3f} ({arm['flops'] / baseline['flops']:.2f})",
-            f"{arm['images_per_second']:.0f}",
-            f"{arm['loss_mean']:.5f} ± {arm['loss_std']:.5f}",
-        ]
-        if name == result["baseline"]:
-            row += ["baseline", "", "", *[""] * len(bands)]
-        else:
-            total = arm["difference_percent"]
-            row += [_interval(total), f"{total['p_two_sided']:.3f}", f"{arm['p_holm']:.3f}"]
-            row += [_interval(value) for value in arm["difference_percent_by_band"].values()]
-        rows.append(tuple(row))
-    seeds = len(result["seeds"])
-    return (
-        f"{table(rows, header)}\n\nHeld-out error after {result['steps'][-1]} steps, {result['weights']} weights, "
-        f"mean ± standard deviation over {seeds} seeds. Differences in percent of the baseline, with 95 % t-intervals "
-        f"of the paired mean; p by all sign flips, two-sided, at best {2.0 ** (1 - seeds):.3f} with {seeds} seeds; "
-        "last columns: by spatial frequency.\n"
-    )
-
-
-def _interval(difference: dict) -> str:
-    return f"{difference['mean']:+.2f} % [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-
-
-def write_report(result: dict, out: Path):
-    write_text(out / "comparison.json", json.dumps(result, indent=2) + "\n")
-    text = markdown(result)
-    write_text(out / "comparison.md", text)
-    others = {name: arm for name, arm in result["arms"].items() if name != result["baseline"]}
-    plots.difference_curves(
-        result["steps"], {name: arm["difference_percent_by_step"] for name, arm in others.items()}, result["baseline"]
-    ).savefig(out / "curves.png")
-    rows = {
-        name: {"all": arm["difference_percent"], **arm["difference_percent_by_band"]} for name, arm in others.items()
-    }
-    plots.forest_plot(rows, result["baseline"]).savefig(out / "forest.png")
-    print(f"\n{text}\nwrote comparison.json, comparison.md, curves.png and forest.png into {out}")
+# -- the script -------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None):
@@ -283,28 +249,64 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--dry_run", action="store_true", help="check all options and print the runs, train nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print sizes and commands of the runs, train nothing")
+    parser.add_argument(
+        "--report_only", action="store_true", help="report on the seeds that all arms have finished, train nothing"
+    )
     options = parser.parse_args(arguments)
     try:
-        if options.parallel < 1:
-            raise ValueError(f"`--parallel` ({options.parallel}) must be at least 1.")
-        comparison = load_comparison(options.config)
-        runs = {}
-        for seed in comparison.seeds:  # all arms of a seed first: what is cut off is still paired
-            for arm in comparison.arms:
-                folder = options.out / "runs" / f"{arm}_seed{seed}"
-                runs[arm, seed] = comparison.arguments(arm, seed, folder), folder
-        for words, _ in runs.values():
-            if parse_config(words).train.max_steps is None:
-                raise ValueError("`common` needs `max_steps`, the budget of every run.")
-        if options.dry_run:
-            for words, _ in runs.values():
-                print(f"python training/train.py {' '.join(words)}")
-            return
-        run_all(runs, options.parallel)
-        write_report(summarise(comparison, {key: folder for key, (_, folder) in runs.items()}), options.out)
+        run(options)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def run(options: argparse.Namespace):
+    if options.parallel < 1:
+        raise ValueError(f"`--parallel` ({options.parallel}) must be at least 1.")
+    comparison = load_comparison(options.config)
+    configs = [comparison.config(arm) for arm in comparison.arms]
+    steps = configs[0].train.max_steps
+    if steps is None:
+        raise ValueError("`common` needs `max_steps`, the budget of every run.")
+    evaluation = comparison.evaluation
+    if evaluation:
+        words = words_of({"pipeline": "pipeline", **evaluation})
+        check_arguments(make_parser().parse_args(words))
+    sizes = ModelSizes(comparison.config(comparison.baseline))
+    comparison = matched(comparison, sizes)
+    print(sizes_table(comparison, sizes))
+
+    # All arms of a seed first: what is cut off is still paired.
+    keys = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
+    folders = {(arm, seed): options.out / "runs" / f"{arm}_seed{seed}" for arm, seed in keys}
+    training = {key: comparison.arguments(*key, folder) for key, folder in folders.items()}
+    if options.dry_run:
+        for words in training.values():
+            print(f"python training/train.py {' '.join(words)}")
+        return
+
+    def trained(key) -> bool:
+        return is_trained(folders[key], steps)
+
+    def finished(key) -> bool:
+        return trained(key) and (not evaluation or is_evaluated(folders[key]))
+
+    if options.report_only:
+        seeds = [seed for seed in comparison.seeds if all(finished((arm, seed)) for arm in comparison.arms)]
+        if len(seeds) < 2:
+            raise ValueError(f"`--report_only`: {len(seeds)} seeds have all arms finished; it takes 2 or more.")
+        folders = {(arm, seed): folder for (arm, seed), folder in folders.items() if seed in seeds}
+    else:
+        done = sum(map(finished, keys))
+        if done:
+            print(f"{done} of {len(keys)} runs were finished before")
+        names = {(arm, seed): f"{arm} with seed {seed}" for arm, seed in keys}
+        jobs = [training_job(names[key], training[key], folders[key]) for key in keys if not trained(key)]
+        run_all(jobs, options.parallel, "training")
+        if evaluation:
+            jobs = [evaluation_job(names[key], evaluation, folders[key]) for key in keys if not finished(key)]
+            run_all(jobs, options.parallel, "evaluating")
+    write_report(summarise(comparison, folders), options.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from accelerate.tracking import get_available_trackers
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
-from freqgate_dit.files import replace_file
+from freqgate_dit.files import read_json_lines, replace_file
 from freqgate_dit.training.config import TrainingRun
 from freqgate_dit.training.guards import SpikeDetector
 from freqgate_dit.training.validation import ValidationResult
@@ -206,7 +206,7 @@ class JsonLines:
             raise
 
     def records(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        return read_json_lines(self.path)
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """Each value as `[(step, value), ...]`."""

@@ -1,0 +1,57 @@
+"""Models of one size: the depth or rank that brings a recipe to another's number of parameters or FLOPs."""
+
+from collections.abc import Callable
+
+import torch
+
+from freqgate_dit.cost import count_parameters, flops_per_forward
+from freqgate_dit.training.conditions import load_condition
+from freqgate_dit.training.config import TrainingRun
+from freqgate_dit.training.data import load_images
+from freqgate_dit.training.latents import load_vae, sample_shape
+
+
+COUNTS = {"parameters": count_parameters, "flops": flops_per_forward}
+MATCHED = ("num_layers", "modulation_rank")
+LARGEST = 4096
+
+
+class ModelSizes:
+    """Counts the models of runs on one data set, without weights.
+
+    Args:
+        config: run that has the data, the condition and the autoencoder of all the others.
+    """
+
+    def __init__(self, config: TrainingRun):
+        images, _ = load_images(config.data, config.latents.cache_dir)
+        self.resolution = images.resolution
+        self.condition = load_condition(config.condition, images.class_names, torch.device("cpu")).model_arguments()
+        self.vae = load_vae(config.latents)
+
+    def __call__(self, config: TrainingRun) -> dict[str, int]:
+        """{"parameters": number, "flops": of a forward pass of one image}."""
+        channels, side = sample_shape(self.vae, self.resolution, config.model.patch_size)
+        with torch.device("meta"):
+            model = config.model.build(channels, side, self.condition, config.objective)
+        return {name: count(model) for name, count in COUNTS.items()}
+
+
+def nearest(count: Callable[[int], int], target: int) -> int:
+    """The `n` from 1 on whose `count(n)`, which grows with `n`, comes nearest to `target`.
+
+    Raises:
+        ValueError: if even 4096 is too small.
+    """
+    high = 1
+    while count(high) < target:
+        if high == LARGEST:
+            raise ValueError(
+                f"even {LARGEST} gives {count(LARGEST):,}, less than {target:,}: match by another option."
+            )
+        high *= 2
+    low = high // 2  # count(low) < target <= count(high), where low is not 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < target else (low, middle)
+    return low if low and target - count(low) < count(high) - target else high

@@ -1,0 +1,184 @@
+"""What a comparison found: paired differences over seeds of what its runs wrote, as JSON, table and figures."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from freqgate_dit import __version__, plots
+from freqgate_dit.files import read_json, read_json_lines, write_text
+from freqgate_dit.model_card import table
+from freqgate_dit.statistics import holm, paired_difference
+from freqgate_dit.summary import read_summary
+
+
+def read_run(folder: Path, weights: str) -> dict:
+    """What a run measured.
+
+    Returns: "steps", "loss" `(S,)`, "bands", "loss_by_band" `(S, bands)`, "images_per_second", and "metrics", name ->
+    value, of the images of the trained model where they were evaluated.
+    """
+    records = read_json_lines(folder / "validation.jsonl")
+    measured = [record.get(weights) or record["raw"] for record in records]
+    lines = read_json_lines(folder / "metrics.jsonl")
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    evaluation = folder / "evaluation" / "evaluation.json"
+    metrics = read_json(evaluation)["metrics"] if evaluation.is_file() else []
+    return {
+        "steps": [record["step"] for record in records],
+        "loss": [values["loss"] for values in measured],
+        "bands": measured[0]["bands"],
+        "loss_by_band": [values["loss_by_band"] for values in measured],
+        "images_per_second": float(np.median(speeds or [np.nan])),
+        "metrics": {metric["name"]: metric["value"] for metric in metrics},
+    }
+
+
+def relative_difference(arm: np.ndarray, baseline: np.ndarray) -> dict:
+    """Paired differences in percent of the baseline's mean, over seeds."""
+    scale = 100 / baseline.mean()
+    return asdict(paired_difference(arm * scale, baseline * scale))
+
+
+class Measured:
+    """The numbers of all runs, by arm and seed, as arrays with the seeds first."""
+
+    def __init__(self, folders: dict[tuple[str, int], Path], weights: str):
+        self.runs = {key: read_run(folder, weights) for key, folder in folders.items()}
+        self.seeds = list(dict.fromkeys(seed for _, seed in folders))
+        first = next(iter(self.runs.values()))
+        self.steps, self.bands, self.metrics = first["steps"], first["bands"], list(first["metrics"])
+
+    def of(self, arm: str, name: str) -> np.ndarray:
+        """`(seeds, ...)`: "loss" `(seeds, S)`, "loss_by_band" `(seeds, S, bands)`."""
+        return np.array([self.runs[arm, seed][name] for seed in self.seeds])
+
+    def metric(self, arm: str, name: str) -> np.ndarray:
+        return np.array([self.runs[arm, seed]["metrics"][name] for seed in self.seeds])
+
+    def difference(self, arm: str, other: str) -> dict:
+        """Of `arm` to `other`, in percent: at the end, by step, by band at the end, and of the images."""
+        loss, base = self.of(arm, "loss"), self.of(other, "loss")
+        by_band, base_by_band = self.of(arm, "loss_by_band")[:, -1], self.of(other, "loss_by_band")[:, -1]
+        return {
+            "difference_percent": relative_difference(loss[:, -1], base[:, -1]),
+            "difference_percent_by_step": [relative_difference(*pair) for pair in zip(loss.T, base.T)],
+            "difference_percent_by_band": {
+                band: relative_difference(*pair) for band, *pair in zip(self.bands, by_band.T, base_by_band.T)
+            },
+            "metrics_difference": {
+                name: asdict(paired_difference(self.metric(arm, name), self.metric(other, name)))
+                for name in self.metrics
+            },
+        }
+
+
+def summarise(comparison, folders: dict[tuple[str, int], Path]) -> dict:
+    """All numbers of a `compare.Comparison` from its finished runs, ready for JSON.
+
+    Args:
+        folders: (arm, seed) -> folder, all arms for each of the seeds.
+    """
+    measured = Measured(folders, comparison.weights)
+    arms = {}
+    for arm, options in comparison.arms.items():
+        model = read_summary(folders[arm, measured.seeds[0]] / "pipeline")
+        loss = measured.of(arm, "loss")
+        arms[arm] = {
+            "options": options,
+            "parameters": model.parameters,
+            "flops": model.flops,
+            "images_per_second": float(np.median(measured.of(arm, "images_per_second"))),
+            "loss": loss.tolist(),
+            "loss_mean": loss[:, -1].mean(),
+            "loss_std": loss[:, -1].std(ddof=1),
+            "metrics": {name: measured.metric(arm, name).tolist() for name in measured.metrics},
+        }
+        if arm != comparison.baseline:
+            arms[arm] |= measured.difference(arm, comparison.baseline)
+    contrasts = [
+        {"arm": arm, "against": other, **measured.difference(arm, other)} for arm, other in comparison.contrasts
+    ]
+    for contrast, p in zip(contrasts, holm([one["difference_percent"]["p_two_sided"] for one in contrasts])):
+        contrast["p_holm"] = p
+    versions = {"freqgate_dit": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    found = {"seeds": measured.seeds, "steps": measured.steps, "bands": measured.bands}
+    return {**asdict(comparison), **found, "arms": arms, "contrasts": contrasts, "versions": versions}
+
+
+# -- for the reader ---------------------------------------------------------------------------------------------------
+
+
+def _interval(difference: dict, unit: str = " %") -> str:
+    return f"{difference['mean']:+.2f}{unit} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+
+
+def _arms_table(result: dict) -> str:
+    baseline = result["arms"][result["baseline"]]
+    metrics = list(baseline["metrics"])
+    rows = []
+    for name, arm in sorted(result["arms"].items(), key=lambda item: item[1]["loss_mean"]):
+        is_baseline = name == result["baseline"]
+        row = [
+            name,
+            f"{arm['parameters'] / 1e6:.2f} M ({arm['parameters'] / baseline['parameters']:.2f})",
+            f"{arm['flops'] / 1e9:.3f} ({arm['flops'] / baseline['flops']:.2f})",
+            f"{arm['images_per_second']:.0f}",
+            f"{arm['loss_mean']:.5f} ± {arm['loss_std']:.5f}",
+            "baseline" if is_baseline else _interval(arm["difference_percent"]),
+        ]
+        measured = [arm["metrics"][metric] for metric in metrics]
+        row += [f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" for values in measured]
+        rows.append(tuple(row))
+    return table(rows, ("arm", "parameters", "GFLOPs", "images/s", "held-out error", "difference", *metrics))
+
+
+def _contrasts_table(result: dict) -> str:
+    metrics = list(result["arms"][result["baseline"]]["metrics"])
+    rows = []
+    for contrast in result["contrasts"]:
+        total = contrast["difference_percent"]
+        row = [f"{contrast['arm']} against {contrast['against']}", _interval(total)]
+        row += [f"{total['p_two_sided']:.3f}", f"{contrast['p_holm']:.3f}"]
+        row += [_interval(value) for value in contrast["difference_percent_by_band"].values()]
+        row += [_interval(contrast["metrics_difference"][metric], "") for metric in metrics]
+        rows.append(tuple(row))
+    bands = [f"{band} cycles" for band in result["bands"]]
+    return table(rows, ("compared", "difference", "p", "p (Holm)", *bands, *metrics))
+
+
+def markdown(result: dict) -> str:
+    """The comparison as two tables: the arms, best first, and the contrasts."""
+    seeds = len(result["seeds"])
+    return (
+        f"{_arms_table(result)}\n\nHeld-out error after {result['steps'][-1]} steps, {result['weights']} weights, "
+        f"mean ± standard deviation over {seeds} seeds. Differences in percent of the baseline's error, with 95 % "
+        f"t-intervals of the paired mean.\n\n{_contrasts_table(result)}\n\nWhat the comparison was made for, by "
+        "spatial frequency too; p by all sign flips, two-sided, at best "
+        f"{2.0 ** (1 - seeds):.3f} with {seeds} seeds, and adjusted for the number of rows (Holm). A negative "
+        "difference in held-out error is a better denoiser, and says nothing yet about images.\n"
+    )
+
+
+def write_report(result: dict, out: Path):
+    """`comparison.json`, `comparison.md`, `curves.png` and `forest.png` in `out`."""
+    write_text(out / "comparison.json", json.dumps(result, indent=2) + "\n")
+    text = markdown(result)
+    write_text(out / "comparison.md", text)
+    baseline = result["baseline"]
+    named = {
+        one["arm"] if one["against"] == baseline else f"{one['arm']} against {one['against']}": one
+        for one in result["contrasts"]
+    }
+    plots.difference_curves(
+        result["steps"], {name: one["difference_percent_by_step"] for name, one in named.items()}, baseline
+    ).savefig(out / "curves.png")
+    others = {name: arm for name, arm in result["arms"].items() if name != baseline} | named
+    rows = {
+        name: {"all": one["difference_percent"], **one["difference_percent_by_band"]} for name, one in others.items()
+    }
+    plots.forest_plot(rows, baseline).savefig(out / "forest.png")
+    print(f"\n{text}\nwrote comparison.json, comparison.md, curves.png and forest.png into {out}")
