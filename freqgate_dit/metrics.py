@@ -367,7 +367,7 @@ def nearest_neighbour_ratio(
 # -- power spectra ----------------------------------------------------------------------------------------------------
 
 
-def band_power(images: Features, mean: Features | None = None) -> torch.Tensor:
+def band_power(images: Features, mean: Features | None = None, basis: str = "dct") -> torch.Tensor:
     """Power of each image per channel and octave of spatial frequency (`freqgate_dit.spectral.octave_bands`).
 
     A table of all images is small; make it batch by batch and concatenate.
@@ -377,10 +377,11 @@ def band_power(images: Features, mean: Features | None = None) -> torch.Tensor:
         mean: `(C, H, W)` to subtract first, the same one for all that is compared, usually the mean real image. The
             power is then a variance, plus the squared difference of means; without it the lowest band is mostly
             brightness.
+        basis: "dct", or "fft", which takes the step between opposite edges for content of the image.
 
     Returns:
-        `(N, C, bands)` float64 on the CPU: the mean over the band of the squared coefficients of the orthonormal DCT,
-        in squared units of the images.
+        `(N, C, bands)` float64 on the CPU: the mean over the band of the squared absolute coefficients of the
+        orthonormal transform, in squared units of the images.
 
     Raises:
         ValueError: if the shapes are others, or values are not finite.
@@ -397,8 +398,9 @@ def band_power(images: Features, mean: Features | None = None) -> torch.Tensor:
         if mean.shape != images.shape[1:]:
             raise ValueError(f"`mean` has shape {tuple(mean.shape)}: pass one image, {tuple(images.shape[1:])}.")
         images = images - mean
-    energy = dct2(images).cpu().double().square().flatten(start_dim=2)
-    bands = octave_bands(*images.shape[-2:]).flatten()
+    coefficients = dct2(images) if basis == "dct" else torch.fft.fft2(images.double(), norm="ortho").abs()
+    energy = coefficients.cpu().double().square().flatten(start_dim=2)
+    bands = octave_bands(*images.shape[-2:], basis=basis).flatten()
     sizes = bands.bincount()
     return energy.new_zeros(*energy.shape[:2], len(sizes)).index_add_(2, bands, energy) / sizes
 

@@ -62,18 +62,28 @@ def idct2(coefficients: torch.Tensor) -> torch.Tensor:
     return _transform(coefficients, inverse=True)
 
 
-def radial_frequency(height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Radial frequency of every DCT index, in cycles per image.
+def radial_frequency(
+    height: int, width: int, device: torch.device | str | None = None, basis: str = "dct"
+) -> torch.Tensor:
+    """Radial frequency of every index of a transform, in cycles per image.
 
-    Index (ky, kx) has ky / 2 cycles over the height and kx / 2 over the width, hence `sqrt(ky**2 + kx**2) / 2`: 0 in
-    the corner (0, 0), `(n - 1) / 2` at the end of an axis of n samples.
+    Index (ky, kx) of the DCT has ky / 2 cycles over the height and kx / 2 over the width, hence
+    `sqrt(ky**2 + kx**2) / 2`: 0 in the corner (0, 0), `(n - 1) / 2` at the end of an axis of n samples. An index of
+    the FFT has the cycles of its wave, whole numbers up to `n / 2`, of either sign.
 
     Returns:
-        float32 tensor of shape (height, width).
+        float32 tensor of shape (height, width), in the order of `dct2` or of `torch.fft.fft2`.
     """
-    rows = torch.arange(height, dtype=torch.float32, device=device) / 2
-    columns = torch.arange(width, dtype=torch.float32, device=device) / 2
+    rows, columns = (_axis_frequency(n, basis).to(device) for n in (height, width))
     return torch.hypot(rows[:, None], columns[None, :])
+
+
+def _axis_frequency(n: int, basis: str) -> torch.Tensor:
+    if basis == "dct":
+        return torch.arange(n, dtype=torch.float32) / 2
+    if basis == "fft":
+        return torch.fft.fftfreq(n, 1 / n, dtype=torch.float32).abs()
+    raise ValueError(f"`basis` ({basis!r}) must be dct or fft.")
 
 
 def octave_edges(height: int, width: int) -> list[int]:
@@ -94,8 +104,10 @@ def octave_labels(height: int, width: int) -> list[str]:
     return [f"{low}-{high}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def octave_bands(height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Octave band of every DCT index, by its radial frequency (see `radial_frequency`).
+def octave_bands(
+    height: int, width: int, device: torch.device | str | None = None, basis: str = "dct"
+) -> torch.Tensor:
+    """Octave band of every index of the transform `basis`, by its radial frequency (see `radial_frequency`).
 
     Band 0 is below 1 cycle per image (the mean, and half a cycle over one axis or both), band b is
     `[2**(b - 1), 2**b)`. The last band also holds the corner, whose frequency exceeds that of either axis.
@@ -104,7 +116,7 @@ def octave_bands(height: int, width: int, device: torch.device | str | None = No
         int64 tensor of shape (height, width) with values 0 to `len(octave_edges(height, width)) - 2`.
     """
     limits = torch.tensor(octave_edges(height, width)[1:-1], dtype=torch.float32, device=device)
-    return torch.bucketize(radial_frequency(height, width, device), limits, right=True)
+    return torch.bucketize(radial_frequency(height, width, device, basis), limits, right=True)
 
 
 class SpectrumStatistics:
