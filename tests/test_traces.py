@@ -81,7 +81,7 @@ def gaussian_pipeline(scheduler):
 def test_gaussian_data_arrive_when_they_must(scheduler):
     pipe = gaussian_pipeline(scheduler)
     trace = DenoisingTrace()
-    steps = 50
+    steps = 100  # Euler loses a little power in each; the arrival is exact in the limit
     pipe(
         num_images_per_label=64,
         seed=list(range(64)),
@@ -94,7 +94,7 @@ def test_gaussian_data_arrive_when_they_must(scheduler):
     # The posterior mean of a coefficient with power S has power S g with g = S / (S + sigma^2), and at the end S: nine
     # tenths where sigma^2 = S / 9.
     expected = np.log(9 / POWER.numpy())
-    np.testing.assert_allclose(trace.arrival(), expected, atol=0.35)
+    np.testing.assert_allclose(trace.arrival(), expected, atol=0.2)
     assert np.all(np.diff(trace.arrival()) > 0.5)  # coarse to fine
     gain = POWER / (POWER + torch.tensor(np.exp(-trace.log_snr))[:, None])
     measured = trace.predicted_power.mean((1, 2))
