@@ -1,0 +1,196 @@
+"""What if: a trained model with another label from some noise level on, with another label in one path of its gate, or
+with another gate. A curve says what a part does beside something; these say what depends on it.
+
+Each is a context manager, leaves the model as it was, and works in any call of model or pipeline (eager: a compiled
+model runs no hooks). Under guidance only the conditional half of a batch is changed.
+
+    with labels_from(pipe.transformer, other_labels, log_snr=0.0, alphas_cumprod=pipe.scheduler.alphas_cumprod):
+        images = pipe(labels, guidance_scale=1).images
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from freqgate_dit.analysis import gate_table
+from freqgate_dit.traces import log_snr as log_snr_of
+from freqgate_dit.transformer_freqgate_dit import (
+    BandGateDiTTransformer2DModel,
+    ConditionedDiTTransformer2DModel,
+    FreqGateDiTTransformer2DModel,
+)
+
+
+PATHS = ("low", "high", "output")
+GATES = ("zero", "half", "one", "mean", "reversed", "shuffled")
+
+
+@contextmanager
+def hooked(handles: list):
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_classes(transformer: ConditionedDiTTransformer2DModel):
+    if transformer.config.num_classes is None:
+        raise ValueError("`transformer` is not conditioned on classes: there is no label to exchange.")
+
+
+def relabelled(transformer, given: torch.Tensor, labels: torch.Tensor | int) -> torch.Tensor:
+    """`labels` `(B,)` or one for all, for the batch whose labels are `given` `(B,)`, or `(2 B,)` under guidance, where
+    the null condition stays."""
+    null = transformer.config.num_classes
+    labels = torch.as_tensor(labels, device=given.device, dtype=given.dtype)
+    if labels.ndim and len(given) % len(labels):
+        raise ValueError(f"`labels` has {len(labels)} entries, which do not fit a batch of {len(given)}.")
+    labels = labels.expand(len(given)) if labels.ndim == 0 else labels.repeat(len(given) // len(labels))
+    guided = (given == null).any() and not (given == null).all()
+    return torch.where(given == null, given, labels) if guided else labels
+
+
+@contextmanager
+def labels_from(
+    transformer: ConditionedDiTTransformer2DModel,
+    labels: torch.Tensor | int,
+    log_snr: torch.Tensor | float,
+    alphas_cumprod: torch.Tensor,
+):
+    """Exchange the class labels where the noise is lower than a level: an image is begun as one class and ended as
+    another. With the null label it is withdrawal of the condition, from the null label insertion.
+
+    Args:
+        labels: `(B,)` classes of the end, or one for all.
+        log_snr: `(B,)` or one for all: labels are exchanged at and above this log-SNR.
+        alphas_cumprod: `(T,)` of the noise schedule.
+    """
+    _check_classes(transformer)
+    alphas_cumprod = alphas_cumprod.cpu()
+
+    def exchange(module, args, kwargs):
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
+        given = kwargs["class_labels"]
+        now = log_snr_of(alphas_cumprod, timestep.cpu().float()).expand(len(hidden_states))
+        level = torch.as_tensor(log_snr, dtype=now.dtype).cpu()
+        level = level.repeat(len(given) // len(level)) if level.ndim else level
+        late = (now >= level).to(given.device)
+        kwargs["class_labels"] = torch.where(late, relabelled(transformer, given, labels), given)
+        return args, kwargs
+
+    with hooked([transformer.register_forward_pre_hook(exchange, with_kwargs=True)]):
+        yield
+
+
+@contextmanager
+def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, labels: torch.Tensor | int):
+    """Exchange the class labels in one path of the condition alone: "structure of A, texture of B".
+
+    Args:
+        path: "low" or "high", the two views of the condition that Freq-Gate mixes, or that drive Band-Gate's two
+            gates; "output", the modulation of the last layer. All of them exchanged are another label.
+        labels: `(B,)` classes, or one for all; `num_classes` is the null condition.
+
+    Raises:
+        ValueError: for a model without the path.
+    """
+    _check_classes(transformer)
+    if path not in PATHS:
+        raise ValueError(f"`path` ({path!r}) must be one of {', '.join(PATHS)}.")
+    if path == "output":
+        modules = [transformer.modulation_out]
+    else:
+        modules = [getattr(block, path, None) for block in transformer.transformer_blocks]
+    if None in modules:
+        raise ValueError(f"`path` ({path!r}): this {type(transformer).__name__} has no such path.")
+    conditions = {}  # of this forward pass: what it was given, and what goes into the path
+
+    def embed(module, args, kwargs):
+        given = kwargs["class_labels"]
+        dtype = transformer.dtype
+        conditions["given"] = transformer.class_embed(given).to(dtype)
+        conditions["other"] = transformer.class_embed(relabelled(transformer, given, labels)).to(dtype)
+
+    def exchange(module, args):
+        if path == "output":  # it sees the sum of time and condition
+            return (args[0] - conditions["given"] + conditions["other"],)
+        views_silu = isinstance(transformer, FreqGateDiTTransformer2DModel)
+        return (F.silu(conditions["other"]) if views_silu else conditions["other"],)
+
+    handles = [transformer.register_forward_pre_hook(embed, with_kwargs=True)]
+    with hooked(handles + [module.register_forward_pre_hook(exchange) for module in modules]):
+        yield
+
+
+@contextmanager
+def changed_gate(transformer: ConditionedDiTTransformer2DModel, change: str, num_train_timesteps: int = 1000):
+    """Another gate in every block.
+
+    Args:
+        change: for Freq-Gate "zero", "half", "one": that constant; "mean": its mean over all timesteps, so that its
+            values stay and their course goes; "reversed": its value at the mirrored timestep; "shuffled": those of
+            other channels, in an order that is fixed per block. For Band-Gate "zero": no difference between bands.
+        num_train_timesteps: of the noise schedule.
+
+    Raises:
+        ValueError: for a change that the variant does not have.
+    """
+    changes = gate_changes(transformer)
+    if change not in changes:
+        raise ValueError(
+            f"`change` ({change!r}): {type(transformer).__name__} has "
+            f"{', '.join(changes) if changes else 'no gate to change'}."
+        )
+    if isinstance(transformer, BandGateDiTTransformer2DModel):
+        handles = [
+            block.band_modulation.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+            for block in transformer.transformer_blocks
+        ]
+        with hooked(handles):
+            yield
+        return
+    with hooked(_freq_gate_handles(transformer, change, num_train_timesteps)):
+        yield
+
+
+def gate_changes(transformer: ConditionedDiTTransformer2DModel) -> tuple[str, ...]:
+    """The changes that `changed_gate` knows for a model; none without gates."""
+    if isinstance(transformer, FreqGateDiTTransformer2DModel):
+        return GATES
+    return ("zero",) if isinstance(transformer, BandGateDiTTransformer2DModel) else ()
+
+
+def _freq_gate_handles(transformer: FreqGateDiTTransformer2DModel, change: str, num_train_timesteps: int) -> list:
+    _, gates = gate_table(transformer, num_train_timesteps, num_train_timesteps)
+    table = torch.from_numpy(gates).to(transformer.device, transformer.dtype)  # (T, blocks, D)
+    orders = [
+        torch.randperm(table.shape[-1], generator=torch.Generator().manual_seed(i)) for i in range(table.shape[1])
+    ]
+    now = {}
+
+    def keep_timestep(module, args, kwargs):
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
+        now["mirrored"] = num_train_timesteps - 1 - timestep.float().to(table.device).expand(len(hidden_states))
+
+    def replacement(index: int) -> Callable:
+        def replace(module, args, output):
+            if change in ("zero", "half", "one"):
+                return torch.full_like(output, {"zero": 0.0, "half": 0.5, "one": 1.0}[change])
+            if change == "mean":
+                return table[:, index].mean(0).expand_as(output).to(output)
+            if change == "shuffled":
+                return output[..., orders[index].to(output.device)]
+            return table[now["mirrored"].round().long(), index].to(output)
+
+        return replace
+
+    handles = [transformer.register_forward_pre_hook(keep_timestep, with_kwargs=True)]
+    return handles + [
+        block.gate.register_forward_hook(replacement(index))
+        for index, block in enumerate(transformer.transformer_blocks)
+    ]

@@ -1,0 +1,141 @@
+"""Interventions: each one equals a call that can be made without it, and leaves nothing behind."""
+
+import pytest
+import torch
+from components import LABELS, make_pipeline, sample, tiny_transformer
+from diffusers import DDPMScheduler
+
+from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
+from freqgate_dit.traces import log_snr
+
+
+ALPHAS = DDPMScheduler().alphas_cumprod
+NULL = len(LABELS)
+BATCH = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+GIVEN, OTHER = torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 0, 1])
+
+
+@torch.no_grad()
+def run(model, labels=GIVEN, timestep=400, batch=BATCH):
+    return model(batch, timestep, class_labels=labels).sample
+
+
+@pytest.mark.parametrize("variant", ["in_context", "cross_attention", "adaln_zero", "freq_gate", "band_gate"])
+def test_labels_from_a_noise_level(variant):
+    model = tiny_transformer(variant)
+    before = run(model)
+    level = log_snr(ALPHAS, torch.tensor(400)).item()
+    levels = torch.tensor([level - 1, level, level + 0.1, -100.0], dtype=torch.float64)
+    with labels_from(model, OTHER, levels, ALPHAS):
+        mixed = run(model)
+    assert torch.equal(mixed, run(model, torch.tensor([2, 2, 2, 1])))
+    assert torch.equal(run(model), before)
+
+
+@torch.no_grad()
+def test_a_label_swap_in_the_pipeline_is_two_calls_in_one():
+    pipe = make_pipeline(tiny_transformer("freq_gate"))
+    first, second = sample(pipe, [0, 1], guidance_scale=2.5), sample(pipe, [2, 2], guidance_scale=2.5)
+    alphas = pipe.scheduler.alphas_cumprod
+    for level, expected in ((100.0, first), (-100.0, second)):
+        with labels_from(pipe.transformer, torch.tensor([2, 2]), level, alphas):
+            assert torch.equal(sample(pipe, [0, 1], guidance_scale=2.5), expected)
+    with labels_from(pipe.transformer, 2, -3.0, alphas):
+        swapped = sample(pipe, [0, 1], guidance_scale=2.5)
+    assert not torch.equal(swapped, first) and not torch.equal(swapped, second)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("variant", ["freq_gate", "band_gate"])
+@pytest.mark.parametrize("options", [{}, {"output_modulation": False}])
+def test_all_paths_exchanged_are_another_label(variant, options, guided):
+    model = tiny_transformer(variant, **options)
+    null = torch.full((2,), NULL)
+    given, other = (torch.cat([null, labels[:2]]) if guided else labels for labels in (GIVEN, OTHER))
+    labels = OTHER[:2] if guided else OTHER
+    paths = ["low", "high"] + ([] if options else ["output"])
+    outputs = {}
+    for path in paths:
+        with labels_in_path(model, path, labels):
+            outputs[path] = run(model, given)
+    with labels_in_path(model, "low", labels), labels_in_path(model, "high", labels):
+        if options:
+            both = run(model, given)
+        else:
+            with labels_in_path(model, "output", labels):
+                both = run(model, given)
+    torch.testing.assert_close(both, run(model, other), rtol=1e-4, atol=1e-5)
+    for output in outputs.values():  # one path alone is neither
+        assert (output - run(model, given)).abs().max() > 1e-3 and (output - run(model, other)).abs().max() > 1e-3
+        if guided:
+            assert torch.equal(output[:2], run(model, given)[:2])
+
+
+def test_gates_of_freq_gate_changed():
+    model = tiny_transformer("freq_gate")
+    plain = run(model)
+    outputs = {}
+    for change in gate_changes(model):
+        with changed_gate(model, change), model.inspect("gate") as recorder:
+            outputs[change] = run(model)
+        assert (outputs[change] - plain).abs().max() > 1e-4
+    assert torch.equal(run(model), plain)
+    # A gate of one is a model that sees Low alone, and the two constants are exchanged with the paths.
+    for block in model.transformer_blocks:
+        low, high = block.low.state_dict(), block.high.state_dict()
+        low, high = ({name: tensor.clone() for name, tensor in state.items()} for state in (low, high))
+        block.low.load_state_dict(high)
+        block.high.load_state_dict(low)
+    with changed_gate(model, "zero"):
+        torch.testing.assert_close(run(model), outputs["one"], rtol=1e-4, atol=1e-5)
+    assert recorder.records
+
+
+def test_the_reversed_gate_is_that_of_the_mirrored_timestep():
+    model = tiny_transformer("freq_gate")
+
+    def gates(timestep):
+        with model.inspect("gate") as recorder:
+            run(model, timestep=timestep)
+        return torch.stack([record.value for record in recorder.records])
+
+    seen = []
+    with changed_gate(model, "reversed"):
+        for block in model.transformer_blocks:
+            block.gate.register_forward_hook(lambda module, args, output: seen.append(output))
+        run(model, timestep=250)
+    torch.testing.assert_close(torch.stack(seen), gates(749), rtol=1e-5, atol=1e-6)
+
+
+def test_band_gate_without_its_band_gates():
+    model = tiny_transformer("band_gate")
+    with changed_gate(model, "zero"), model.inspect("band"):
+        changed = run(model)
+    for block in model.transformer_blocks:
+        for parameter in block.band_modulation.parameters():
+            parameter.data.zero_()
+    assert torch.equal(changed, run(model)) and not torch.equal(changed, run(tiny_transformer("band_gate")))
+
+
+def test_what_a_model_does_not_have():
+    model = tiny_transformer("adaln_zero")
+    with pytest.raises(ValueError, match="has no gate to change"), changed_gate(model, "zero"):
+        pass
+    with pytest.raises(ValueError, match=r"`path` \('low'\).*has no such path"), labels_in_path(model, "low", 0):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"`path` \('middle'\) must be one of low"),
+        labels_in_path(model, "middle", 0),
+    ):
+        pass
+    gated = tiny_transformer("band_gate", band_drive="time")
+    with pytest.raises(ValueError, match="has no such path"), labels_in_path(gated, "low", 0):
+        pass
+    with pytest.raises(ValueError, match=r"`change` \('half'\): .* has zero"), changed_gate(gated, "half"):
+        pass
+    unconditional = tiny_transformer("adaln_zero", num_classes=None)
+    with pytest.raises(ValueError, match="not conditioned on classes"), labels_from(unconditional, 0, 0.0, ALPHAS):
+        pass
+    with labels_from(model, torch.tensor([0, 1, 2]), 0.0, ALPHAS):
+        with pytest.raises(ValueError, match="`labels` has 3 entries, which do not fit a batch of 4"):
+            run(model)
