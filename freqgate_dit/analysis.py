@@ -28,6 +28,34 @@ def gate_table(
     return timesteps.numpy(), gates.float().cpu().numpy()
 
 
+def gate_statistics(gates: np.ndarray, log_snr: np.ndarray) -> list[dict]:
+    """What can be said of the gates of each block, by numbers that do not know which path is called Low.
+
+    The same function with its two paths exchanged has gate 1 - g: rising channels fall, and the direction means
+    nothing by itself. Its size, and how far the channels agree on one, do.
+
+    Args:
+        gates: `(T, blocks, channels)`, from `gate_table`.
+        log_snr: `(T,)`.
+
+    Returns:
+        per block "correlation" of the mean gate with the log-SNR, in [-1, 1], of which only the size is invariant;
+        "rising", the share of channels that rise with it; "agreement" `|2 rising - 1|`; "range", the mean over
+        channels of largest minus smallest gate.
+    """
+    rows = []
+    for block in range(gates.shape[1]):
+        channels = gates[:, block]
+        covariance = ((log_snr - log_snr.mean())[:, None] * (channels - channels.mean(0))).mean(0)
+        rising = float((covariance > 0).mean())
+        mean = channels.mean(1)
+        correlation = float(np.corrcoef(mean, log_snr)[0, 1]) if mean.std() > 0 else 0.0
+        spread = float((channels.max(0) - channels.min(0)).mean())
+        values = {"correlation": correlation, "rising": rising, "agreement": abs(2 * rising - 1), "range": spread}
+        rows.append({"block": block, **values})
+    return rows
+
+
 @torch.no_grad()
 def band_gain_table(
     transformer: BandGateDiTTransformer2DModel, num_timesteps: int = 50

@@ -299,3 +299,72 @@ def forest_plot(differences: dict[str, dict[str, dict]], baseline: str):
     panels[0][0].set_yticks(list(places), list(differences))
     figure.supxlabel(f"held-out error, difference to {baseline} (%)", fontsize=9)
     return figure
+
+
+def trace_figure(log_snr: Sequence[float], bands: Sequence[str], power: np.ndarray, data: np.ndarray | None = None):
+    """How the octaves of the predicted clean image grow: as curves beside the data, and as a map over the steps.
+
+    Args:
+        log_snr: `(steps,)` at which was predicted, ascending.
+        bands: names of the octaves, in cycles per image.
+        power: `(steps, bands)` of the predictions.
+        data: `(bands,)` power of the training data, where it is known.
+    """
+    figure, (left, right) = new_figure(10, 3.8, columns=2)
+    for band, name in enumerate(bands):
+        colour = PALETTE[band % len(PALETTE)]
+        left.semilogy(log_snr, power[:, band], color=colour, lw=1.6, label=f"{name} cycles")
+        if data is not None:
+            left.axhline(data[band], color=colour, lw=1, ls=":")
+    title = "Predicted clean image" + ("" if data is None else " (dotted: training data)")
+    left.set(xlabel="log-SNR (left noise, right clean)", ylabel="power per coefficient", title=title)
+    left.legend(frameon=False, fontsize=8)
+    left.grid(alpha=0.3)
+    share = power / power[-1]
+    mesh = right.pcolormesh(
+        np.arange(len(log_snr) + 1), np.arange(len(bands) + 1), share.T, cmap="cividis", vmin=0, vmax=1
+    )
+    right.set_yticks(np.arange(len(bands)) + 0.5, bands)
+    right.set(xlabel="step", ylabel="cycles per image", title="Share of the final power")
+    figure.colorbar(mesh, ax=right)
+    return figure
+
+
+def decision_figure(log_snr: Sequence[float], shares: dict[str, np.ndarray], levels: dict[str, float], title: str):
+    """Which label the finished image shows, over the level at which it was exchanged.
+
+    Args:
+        log_snr: `(K,)`.
+        shares: factor -> `(K,)` share that shows the first label.
+        levels: factor -> its decision level.
+    """
+    figure, axes = new_figure(6.5, 3.8)
+    for index, (factor, share) in enumerate(shares.items()):
+        colour = PALETTE[index]
+        axes.plot(log_snr, share, color=colour, marker="o", ms=4, lw=1.5, label=factor)
+        axes.axvline(levels[factor], color=colour, ls="--", lw=1)
+    axes.set(xlabel="log-SNR of the exchange (left noise, right clean)", ylabel="share with the first label")
+    axes.set(title=title, ylim=(-0.03, 1.03))
+    axes.legend(frameon=False, fontsize=9, title="dashed: decided")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def effect_figure(effects: dict[str, Sequence[float]], bands: Sequence[str]):
+    """By how much interventions change the image, per octave, as a map with numbers.
+
+    Args:
+        effects: intervention -> `(bands,)` power of the change over power of the image.
+    """
+    values = np.array(list(effects.values()))
+    figure, axes = new_figure(2.6 + 0.9 * len(bands), 1.2 + 0.32 * len(effects))
+    mesh = axes.imshow(values, cmap="cividis", vmin=0, vmax=max(1.0, float(values.max())), aspect="auto")
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            dark = value < 0.5 * max(1.0, float(values.max()))
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+    axes.set_xticks(range(len(bands)), bands)
+    axes.set_yticks(range(len(effects)), list(effects), fontsize=8)
+    axes.set(xlabel="cycles per image", title="Change over image, power")
+    figure.colorbar(mesh, ax=axes)
+    return figure

@@ -4,6 +4,8 @@
 octaves, in closed form.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -115,13 +117,16 @@ class DenoisingTrace:
     def latent_power(self) -> torch.Tensor:
         return torch.stack(self._latents)
 
-    def arrival(self, share: float = 0.9) -> list[float]:
+    def arrival(self, share: float = 0.9, images: Sequence[int] | slice = slice(None)) -> list[float]:
         """Log-SNR from which on each octave of the predictions has `share` of its final power: `(bands,)`.
 
         Interpolated between steps; the first one's where it was there from the start. Low octaves come first where
         denoising goes from coarse to fine.
+
+        Args:
+            images: those of the call that count.
         """
-        power = self.predicted_power.mean(dim=(1, 2)).numpy()
+        power = self.predicted_power[:, images].mean(dim=(1, 2)).numpy()
         return [last_crossing(self.log_snr, band / band[-1], share) for band in power.T]
 
     def rows(self) -> list[dict]:

@@ -23,6 +23,7 @@ from freqgate_dit.traces import log_snr
 FACTORS = ("structure", "texture")
 # Sign of (level of texture - level of structure) if the lower frequencies are decided first.
 PREDICTED = {"mod": 1, "add": 1, "reversed": -1, "same": 0, "flat": 0}
+LEAST_CHANGE = 0.2  # of a share between the ends, for them to count as its limits
 KINDS = ("swap", "insertion", "withdrawal")
 
 
@@ -44,11 +45,23 @@ class LabelSwaps:
         first, either = self.first[factor].sum(0), (self.first[factor] | self.second[factor]).sum(0)
         return first / np.maximum(either, 1)
 
+    def shown(self, factor: str) -> float:
+        """Share of the images that show that factor of one of the two labels: little, and no level means anything."""
+        return float((self.first[factor] | self.second[factor]).mean())
+
     def level(self, factor: str, pairs: np.ndarray | None = None) -> float:
-        """Log-SNR at which an exchange leaves as many images with the first as with the second label."""
+        """Log-SNR of the exchange at which the share of the first label is half-way between its values at both ends.
+
+        (Those are not 0 and 1 where an image shows a factor by chance, or does not show what it should.)
+        """
         pairs = np.arange(len(self.first[factor])) if pairs is None else pairs
         first, second = (table[factor][pairs].sum(0) for table in (self.first, self.second))
-        return logistic_level(self.log_snr, first, second)
+        counts = first + second
+        share = first / np.maximum(counts, 1)
+        start, end = share[0], share[-1]
+        if end - start > LEAST_CHANGE:
+            share = ((share - start) / (end - start)).clip(0, 1)
+        return logistic_level(self.log_snr, share * counts, (1 - share) * counts)
 
     def difference(self, num_resamples: int = 500) -> Bootstrap:
         """Level of texture minus level of structure, resampled over pairs: sampling noise of this one model."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from freqgate_dit.devices import bf16_is_fast
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS, ShapesTextures
 
 
@@ -147,7 +148,7 @@ def _fit(classifier: FactorClassifier, data: ShapesTextures, progress: bool) -> 
         batch = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         structures, textures = _factors(data.labels(batch))
         images = _augmented(_scaled(data.images(batch)))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
             structure_logits, texture_logits = classifier(images)
             loss = F.cross_entropy(structure_logits, structures) + F.cross_entropy(texture_logits, textures)
         optimizer.zero_grad()

@@ -1,0 +1,178 @@
+"""The report of a pipeline: what is in it, what is kept, and what it says where something cannot be measured."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from components import make_pipeline, tiny_transformer, tiny_vae_tiny
+from test_decisions import ROWS, deciding_pipeline, read
+from tiny_runs import ROOT
+
+from freqgate_dit.analysis import gate_statistics
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
+from freqgate_dit.training import factor_classifier, report_sections
+from freqgate_dit.training.analyze import main
+from freqgate_dit.training.report_page import Section, keep_section, render_page
+from freqgate_dit.training.report_sections import Subject, decision_section, dissociation, intervention_section
+
+
+SMALL = ["--images", "4", "--steps", "4", "--pairs", "3", "--levels", "3", "--cpu_threads", "1"]
+
+
+def built_in_pipeline(folder, variant="freq_gate", **options):
+    classes = len(STRUCTURES) * len(TEXTURES)
+    transformer = tiny_transformer(
+        variant, num_classes=classes, in_channels=3, sample_size=32, patch_size=8, **options
+    )
+    labels = {i: f"{STRUCTURES[i // 8]} {TEXTURES[i % 8]}" for i in range(classes)}
+    make_pipeline(transformer, id2label=labels).save_pretrained(folder)
+    (folder / "training_config.yaml").write_text("dataset: shapes_textures\nworld: mod\n")
+    return folder
+
+
+@pytest.fixture
+def quick_classifier(monkeypatch):
+    """The real classifier, of one batch."""
+    monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
+    train = report_sections.train_factor_classifier
+    monkeypatch.setattr(report_sections, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
+
+
+def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
+    folder, out = built_in_pipeline(tmp_path / "pipeline"), tmp_path / "report"
+    words = ["--pipeline", str(folder), "--out", str(out), *SMALL]
+    main(words)
+    page = (out / "report.html").read_text()
+    printed = capsys.readouterr()
+    for title in ("The order of denoising", "The gates", "Interventions", "When structure and texture are decided"):
+        assert f"<h2>{title}</h2>" in page and title in printed.out
+    # Self-contained: figures inside, nothing fetched, no path of this machine.
+    assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 4
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and str(tmp_path) not in page
+    # Tables, both ways the same.
+    for name in ("order/trace", "gates/gates", "interventions/interventions"):
+        rows = json.loads((out / "sections" / f"{name}.json").read_text())
+        assert pyarrow.parquet.read_table(out / "sections" / f"{name}.parquet").to_pylist() == rows
+    rows = {
+        row["intervention"]: row for row in json.loads((out / "sections/interventions/interventions.json").read_text())
+    }
+    assert {"none", "no condition", "no condition in low", "gate reversed"} <= rows.keys()
+    assert rows["none"]["change_0-1"] == 0 < rows["no condition"]["change_0-1"]
+    assert rows["none"]["held_out_loss"] != rows["gate one"]["held_out_loss"]
+
+    # The weights are random: no image shows a label's factors, and the report says so.
+    assert "No level can be given: only" in printed.out
+
+    # Nothing changed: nothing is measured. Another seed: all of it. A section alone: the others stay as files.
+    before = (out / "sections/order/section.json").stat().st_mtime_ns
+    main(words)
+    assert capsys.readouterr().out.count("unchanged, kept") == 4
+    assert (out / "sections/order/section.json").stat().st_mtime_ns == before
+    main([*words, "--sections", "order", "--seed", "1"])
+    assert "order: measured" in capsys.readouterr().out
+    assert (out / "report.html").read_text().count("<h2>") == 1 and (out / "sections/gates/gates.json").exists()
+
+
+def test_a_report_of_a_latent_model_without_gates(tmp_path, capsys):
+    make_pipeline(tiny_transformer("adaln_zero"), vae=tiny_vae_tiny()).save_pretrained(tmp_path / "pipeline")
+    main(["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "report"), *SMALL])
+    printed = capsys.readouterr().out
+    assert "AdaLNZeroDiTTransformer2DModel has no gates" in printed
+    assert "Left out: this needs labels whose factors are known" in printed
+    assert "holds no spectrum" in printed
+    names = {path.name for path in (tmp_path / "report/sections/order").glob("*.png")}
+    assert names == {"trace_of_latents.png", "trace_of_pixels.png"}
+    arrival = json.loads((tmp_path / "report/sections/order/arrival.json").read_text())
+    assert [row["class"] for row in arrival] == ["all", "cat", "dog", "wild"]
+    effects = json.loads((tmp_path / "report/sections/interventions/interventions.json").read_text())
+    assert [row["intervention"] for row in effects] == ["none", "no condition"]
+
+
+def test_a_report_of_an_unconditional_model(tmp_path, capsys):
+    make_pipeline(tiny_transformer(num_classes=None, in_channels=3)).save_pretrained(tmp_path / "pipeline")
+    main(["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "report"), *SMALL])
+    assert "no part that could be taken away" in capsys.readouterr().out
+
+
+def test_a_band_gate_is_read(tmp_path, quick_classifier):
+    pipe = make_pipeline(tiny_transformer("band_gate", in_channels=3, sample_size=32, patch_size=4))
+    subject = Subject(pipe, None, num_images=3, steps=3)
+    section = intervention_section(subject)
+    names = [row["intervention"] for row in section.tables["interventions"]]
+    assert names == ["none", "no condition", "no condition in low", "no condition in high", "gate zero"]
+    gains = report_sections.gate_section(subject).tables["gains"]
+    assert {row["branch"] for row in gains} == {"attention", "mlp"}
+
+
+def test_decisions_of_a_network_that_decides_at_known_levels():
+    subject = Subject(deciding_pipeline(), "mod", num_pairs=16, num_levels=20, steps=40)
+    subject.classifier = (read, {})
+    section = decision_section(subject)
+    assert set(section.figures) == {"label_swap", "label_insertion", "label_withdrawal"} and len(section.reading) == 2
+    for row in section.tables["levels"]:
+        assert row["structure"] == pytest.approx(ROWS["structure"], abs=0.8)
+        assert row["texture"] == pytest.approx(ROWS["texture"], abs=0.8) and 1 < row["low"] <= row["high"]
+    assert "Found: texture after structure. That is as predicted for the world 'mod'" in section.reading[1]
+    subject.world = "reversed"
+    assert "That is other than predicted for the world 'reversed'" in decision_section(subject).reading[1]
+
+
+def test_the_dissociation_index_of_known_tables():
+    right, wrong = np.ones(40, dtype=bool), np.zeros(40, dtype=bool)
+
+    def tables(low, high):
+        names = ("structure", "texture")
+        return {
+            "none": dict.fromkeys(names, right),
+            "no condition in low": dict(zip(names, low)),
+            "no condition in high": dict(zip(names, high)),
+        }
+
+    assert dissociation(tables((wrong, right), (right, wrong)), 10).estimate == 1
+    assert dissociation(tables((right, wrong), (wrong, right)), 10).estimate == -1
+    assert dissociation(tables((wrong, wrong), (wrong, wrong)), 10).estimate == 0
+
+
+def test_gate_statistics_do_not_know_which_path_is_low():
+    log_snr = np.linspace(-8, 8, 50)
+    rising = 1 / (1 + np.exp(-log_snr))
+    gates = np.stack([rising, rising, rising, 1 - rising], axis=-1)[:, None]  # (T, 1, 4)
+    [row] = gate_statistics(gates, log_snr)
+    [mirrored] = gate_statistics(1 - gates, log_snr)
+    assert row["rising"] == 0.75 and mirrored["rising"] == 0.25 and row["correlation"] > 0.9
+    for name in ("agreement", "range"):
+        assert row[name] == pytest.approx(mirrored[name])
+    assert row["correlation"] == pytest.approx(-mirrored["correlation"])
+
+
+def test_a_section_is_made_anew_for_another_key(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return Section("Title <1>", ["a & b"], tables={"t": [{"x": 1, "y": 0.5}]}, shown=("t",))
+
+    for key in ("a", "a", "b"):
+        section, _ = keep_section(tmp_path / "s", key, make)
+    assert len(calls) == 2
+    page = render_page("T", ["fact"], [section])
+    assert "Title &lt;1&gt;" in page and "a &amp; b" in page and "<td>0.5</td>" in page
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--steps", "2"], r"`steps` \(2\) must be at least 3"),
+        (["--levels", "40"], r"`levels` \(40\) must be at most `steps`"),
+        (["--pairs", "1"], r"`pairs` \(1\)"),
+    ],
+)
+def test_options_that_make_no_sense(words, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        main(["--pipeline", str(tmp_path / "none"), *words])
+    with pytest.raises(SystemExit, match="error"):
+        main(["--pipeline", str(tmp_path / "none"), "--out", str(tmp_path)])
+    assert ROOT and not (tmp_path / "sections").exists() and torch.is_grad_enabled()

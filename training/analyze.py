@@ -1,0 +1,98 @@
+"""Show what a model does with frequency: one command, one page.
+
+    python training/analyze.py --pipeline runs/mine/pipeline --out report
+
+Writes `report.html`, with all figures inside, and under `--out`/sections the figures as PNG and the tables as JSON and
+parquet. Sections: the order in which octaves are made; the gates over time; interventions (a label in one path alone,
+another gate), from the same noise; and, for models of the built-in data, the noise levels at which structure and
+texture are decided. What has not changed since the last call is not measured again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+
+# An uninstalled checkout: `python training/analyze.py` puts this folder, not the root, on the path.
+if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+from freqgate_dit import __version__
+from freqgate_dit.devices import choose_device
+from freqgate_dit.files import write_text
+from freqgate_dit.training.data import BUILT_IN
+from freqgate_dit.training.generation import Model, load_model
+from freqgate_dit.training.hardware import use_all_cores
+from freqgate_dit.training.report_page import digest, keep_section, render_page
+from freqgate_dit.training.report_sections import SECTIONS, Subject
+
+
+LEAST = {"images": 2, "steps": 3, "pairs": 2, "levels": 3, "batch_size": 1, "seed": 0}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub id")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the report (default: report)")
+    parser.add_argument("--sections", nargs="+", choices=tuple(SECTIONS), default=list(SECTIONS), help="default: all")
+    parser.add_argument("--images", type=int, default=128, help="images per measurement (default 128)")
+    parser.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs of labels that are exchanged (default 64)")
+    parser.add_argument("--levels", type=int, default=12, help="noise levels at which they are (default 12)")
+    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default 0)")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--sampler", help="as for training/evaluation.py (default: the pipeline's own)")
+    parser.add_argument("--cpu_threads", type=int, help="by default all cores")
+    return parser
+
+
+def world_of(model: Model) -> str | None:
+    """World of the built-in data that the model was trained on, by the configuration beside it."""
+    config = model.summary.training_config or {}
+    return config.get("world") if config.get("dataset") == BUILT_IN else None
+
+
+def main(arguments: list[str] | None = None):
+    given = make_parser().parse_args(arguments)
+    try:
+        run(given)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(given: argparse.Namespace):
+    for name, least in LEAST.items():
+        if getattr(given, name) < least:
+            raise ValueError(f"`{name}` ({getattr(given, name)}) must be at least {least}.")
+    if given.levels > given.steps:
+        raise ValueError(f"`levels` ({given.levels}) must be at most `steps` ({given.steps}).")
+    use_all_cores(given.cpu_threads)
+    model = load_model(given.pipeline, given.sampler, "auto", choose_device())
+    sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
+    subject = Subject(model.pipe, world_of(model), *sizes)
+    scheduler = {"class": type(model.pipe.scheduler).__name__, **model.pipe.scheduler.config}
+    sections = []
+    with tqdm(given.sections, desc="report", unit="section") as progress:
+        for name in progress:
+            progress.set_postfix_str(name)
+            key = digest(name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype)
+            section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
+            progress.write(f"{name}: {'measured' if is_new else 'unchanged, kept'}")
+            sections.append(section)
+    facts = [
+        f"{model.summary.class_name}, {model.summary.parameters / 1e6:.2f} M parameters, "
+        f"{model.summary.prediction_type}; {scheduler['class']}, {given.steps} steps, without guidance; "
+        f"{given.images} "
+        f"images from seed {given.seed}; torch {torch.__version__.split('+')[0]}, freqgate_dit {__version__}.",
+    ]
+    write_text(given.out / "report.html", render_page(f"What {model.name} does with frequency", facts, sections))
+    for section in sections:
+        print(f"\n{section.title}\n" + "\n".join(f"  {paragraph}" for paragraph in section.reading))
+    print(f"\nwrote {given.out / 'report.html'}, figures and tables in {given.out / 'sections'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Sections of a report: kept as files, redone only where something changed, and shown as one HTML page.
+
+A page has its figures inside and asks for nothing from a network.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from freqgate_dit.files import read_json, write_text
+
+
+@dataclass
+class Section:
+    """A part of a report.
+
+    Args:
+        title: of the section.
+        reading: paragraphs of plain language, made from the numbers.
+        figures: file name without ending -> matplotlib figure; after loading, path of the PNG.
+        tables: name -> rows, dictionaries with the same keys.
+        shown: names of the tables that are on the page; the others are files alone.
+    """
+
+    title: str
+    reading: list[str]
+    figures: dict = field(default_factory=dict)
+    tables: dict[str, list[dict]] = field(default_factory=dict)
+    shown: tuple[str, ...] = ()
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[Section, bool]:
+    """The section in `folder` if it was made under the same `key`; otherwise `make` it and write it there.
+
+    Tables are written as JSON and as parquet.
+
+    Returns: the section, with paths for figures, and whether it was made anew.
+    """
+    file = folder / "section.json"
+    if file.is_file():
+        kept = read_json(file)
+        if kept.pop("key") == key:
+            figures = {name: folder / f"{name}.png" for name in kept["figures"]}
+            return Section(**{**kept, "figures": figures, "shown": tuple(kept["shown"])}), False
+    section = make()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    paths = {name: folder / f"{name}.png" for name in section.figures}
+    for name, figure in section.figures.items():
+        figure.savefig(paths[name])
+    section.figures = paths
+    for name, rows in section.tables.items():
+        write_table(rows, folder / name)
+    values = {**asdict(section), "figures": list(paths), "key": key}
+    write_text(file, json.dumps(values, indent=1) + "\n")
+    return section, True
+
+
+def write_table(rows: list[dict], path: Path):
+    """`path`.json and `path`.parquet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto;
+       padding: 0 1rem 3rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+.facts { color: #555; font-size: .9rem; }
+"""
+
+
+def render_page(title: str, facts: list[str], sections: list[Section]) -> str:
+    """The report as HTML, readable on a phone."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        *(f'<p class="facts">{html.escape(fact)}</p>' for fact in facts),
+    ]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.reading]
+        parts += [_image(name, path) for name, path in section.figures.items()]
+        parts += [_table(section.tables[name]) for name in section.shown]
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _image(name: str, path: Path) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{content}">'
+
+
+def _table(rows: list[dict]) -> str:
+    names = list(rows[0])
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>" for row in rows
+    )
+    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
