@@ -75,11 +75,5 @@ def steps_for(name: str, evaluations: int) -> int:
     return (evaluations + 1) // 2 if COMPARED[name][0] is HeunDiscreteScheduler else evaluations
 
 
-def print_table(title: str, columns: list[str], rows: dict[str, list[str]]):
-    print(f"\n{title}\n\n| sampler | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
 def joined(values: list[float], digits: int) -> str:
     return " ".join(f"{value:.{digits}f}" for value in values)

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from compared_samplers import COMPARED, compared_scheduler, joined, print_table, steps_for
-from output import write_result
+from compared_samplers import COMPARED, compared_scheduler, joined, steps_for
+from output import print_table, write_result
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from compared_samplers import COMPARED, compared_scheduler, joined, print_table, steps_for
+from compared_samplers import COMPARED, compared_scheduler, joined, steps_for
 from diffusers import EulerDiscreteScheduler
-from output import write_result
+from output import print_table, write_result
 from tqdm.auto import tqdm
 
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power

@@ -1,0 +1,119 @@
+"""What reports of several seeds of one recipe say together: training noise, which no report of one model shows.
+
+    python training/analyze.py --pipeline runs/compare/runs/freq_gate_seed0/pipeline --out runs/reports/freq_gate_seed0
+    ... (the other seeds)
+    python benchmarks/analysis_findings.py --reports runs/reports/freq_gate_seed* --out results/analysis_freq_gate.json
+
+Printed: the direction of each gate by seed, the double dissociation index and the decision levels by seed, with
+t-intervals of the mean over seeds.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from output import print_table, write_result
+
+from freqgate_dit.statistics import t_quantile
+
+
+def read_table(report: Path, name: str) -> list[dict]:
+    path = report / "sections" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def over_seeds(values: list[float]) -> dict:
+    """Mean and 95 % t-interval over seeds; needs two."""
+    values = np.array(values)
+    half = t_quantile(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return {
+        "by_seed": values.tolist(),
+        "mean": values.mean(),
+        "low": values.mean() - half,
+        "high": values.mean() + half,
+    }
+
+
+def collect(reports: list[Path]) -> dict:
+    result = {"reports": [report.name for report in reports]}
+    tables = {name: [read_table(report, name) for report in reports] for name in TABLES}
+    gates = tables["gates/gates"]
+    if all(gates):
+        result["gates"] = {name: [[row[name] for row in table] for table in gates] for name in gates[0][0]}
+    gains = tables["gates/gains"]
+    if all(gains):
+        result["gains"] = {name: [[row[name] for row in table] for table in gains] for name in gains[0][0]}
+    if all(tables["interventions/dissociation"]):
+        result["dissociation"] = over_seeds([table[0]["index"] for table in tables["interventions/dissociation"]])
+    levels = tables["decisions/levels"]
+    if all(levels):
+        result["levels"] = {
+            row["kind"]: {
+                name: over_seeds([table[index][name] for table in levels])
+                for name in ("structure", "texture", "difference")
+            }
+            for index, row in enumerate(levels[0])
+        }
+    losses = [{row["intervention"]: row for row in table} for table in tables["interventions/interventions"]]
+    if all(losses) and "held_out_loss" in losses[0]["none"]:
+        result["loss_change_percent"] = {
+            name: over_seeds(
+                [100 * (rows[name]["held_out_loss"] / rows["none"]["held_out_loss"] - 1) for rows in losses]
+            )
+            for name in losses[0]
+            if name != "none"
+        }
+    result["arrival"] = [table[0] for table in tables["order/arrival"]]
+    return result
+
+
+TABLES = (
+    "gates/gates",
+    "gates/gains",
+    "interventions/dissociation",
+    "interventions/interventions",
+    "decisions/levels",
+    "order/arrival",
+)
+
+
+def text(values: dict, digits: int = 2) -> list[str]:
+    by_seed = ", ".join(f"{value:+.{digits}f}" for value in values["by_seed"])
+    return [by_seed, f"{values['mean']:+.{digits}f} [{values['low']:+.{digits}f}, {values['high']:+.{digits}f}]"]
+
+
+def print_findings(result: dict):
+    if "gates" in result:
+        rows = {
+            name: [", ".join(f"{value:+.2f}" for value in row) for row in result["gates"]["correlation"]][
+                index : index + 1
+            ]
+            for index, name in enumerate(result["reports"])
+        }
+        print_table("Correlation of each block's mean gate with log-SNR", ["blocks"], rows, "report")
+    rows = {}
+    if "dissociation" in result:
+        rows["double dissociation index"] = text(result["dissociation"], 3)
+    for kind, levels in result.get("levels", {}).items():
+        rows |= {f"{kind}: {name}": text(values) for name, values in levels.items()}
+    for name, values in result.get("loss_change_percent", {}).items():
+        rows[f"held-out loss, {name} (%)"] = text(values)
+    print_table("Over seeds", ["by seed", "mean [95 %]"], rows, "measure")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reports", type=Path, nargs="+", required=True, help="folders of training/analyze.py")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    if len(arguments.reports) < 2:
+        raise SystemExit(f"`reports` ({len(arguments.reports)}): training noise shows from two seeds on.")
+    result = collect(arguments.reports)
+    print_findings(result)
+    write_result(result, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
