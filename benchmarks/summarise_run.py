@@ -32,7 +32,7 @@ def main():
         "validation": {name: dict(values) for name, values in series.items() if name.startswith("val_")},
         "images_per_second_median": statistics.median(value for _, value in series["images_per_second"]),
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {settings.get('cpu_threads') or torch.get_num_threads()} threads",
     }
     # A path says where data lay on one machine; its last part says what it was.
     for name in ("dataset", "vae", "text_encoder", "tokenizer"):

@@ -55,6 +55,12 @@ def world_of(model: Model) -> str | None:
     return config.get("world") if config.get("dataset") == BUILT_IN else None
 
 
+def name_of(model: Model) -> str:
+    """As people call it: the run's name, where the pipeline's folder is just "pipeline"."""
+    folder = Path(model.folder).resolve()
+    return folder.parent.name if model.name == folder.name == "pipeline" else model.name
+
+
 def main(arguments: list[str] | None = None):
     given = make_parser().parse_args(arguments)
     try:
@@ -88,7 +94,7 @@ def run(given: argparse.Namespace):
         f"{given.images} "
         f"images from seed {given.seed}; torch {torch.__version__.split('+')[0]}, freqgate_dit {__version__}.",
     ]
-    write_text(given.out / "report.html", render_page(f"What {model.name} does with frequency", facts, sections))
+    write_text(given.out / "report.html", render_page(f"What {name_of(model)} does with frequency", facts, sections))
     for section in sections:
         print(f"\n{section.title}\n" + "\n".join(f"  {paragraph}" for paragraph in section.reading))
     print(f"\nwrote {given.out / 'report.html'}, figures and tables in {given.out / 'sections'}")

@@ -28,6 +28,8 @@ from freqgate_dit.training.validation import Validation
 
 
 LEAST_SHOWN = 0.5
+SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
+SMALL_INDEX = 0.1
 MOST_CLASSES = 8  # that the traces' table lists one by one
 
 
@@ -167,7 +169,7 @@ def trace_section(subject: Subject) -> Section:
 
 def _read_arrival(space: str, bands: list[str], arrival: list[float]) -> str:
     finite = [level for level in arrival if np.isfinite(level)]
-    rising = all(first < second for first, second in zip(finite, finite[1:]))
+    rising = all(first < second + SAME_LEVEL for first, second in zip(finite, finite[1:]))
     order = "one after the other from coarse to fine" if rising else "not in the order of their frequencies"
     levels = ", ".join(f"{band}: {level:+.1f}" for band, level in zip(bands, arrival))
     return (
@@ -326,10 +328,10 @@ def intervention_section(subject: Subject) -> Section:
         section.shown += ("dissociation",)
         verdict = (
             "the path called Low serves structure more than texture, compared with High"
-            if index.low > 0
+            if index.low > 0 and index.estimate > SMALL_INDEX
             else "the path called Low serves texture more than structure, compared with High"
-            if index.high < 0
-            else "the two paths do not share structure and texture between them"
+            if index.high < 0 and index.estimate < -SMALL_INDEX
+            else "structure and texture are hardly shared out between the two paths"
         )
         section.reading.append(
             f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over "
@@ -403,8 +405,8 @@ def hybrid_figure(subject: Subject, count: int = 6):
         "A, B in High": images(ours, labels_in_path(transformer, "high", other)),
         "B": images(others, nullcontext()),
     }
-    names = [f"{pipe.id2label.get(a, a)}\n{pipe.id2label.get(b, b)}" for a, b in zip(ours, others)]
-    return plots.image_grid(list(rows.values()), list(rows), names)
+    names = [str(pipe.id2label.get(label, label)).replace(" ", "\n") for label in ours]
+    return plots.image_grid(list(rows.values()), list(rows), names, "columns: label A")
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
