@@ -196,6 +196,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             ValueError: if there is no pipeline of this package, or it was made by a newer version of the package.
             OSError: if a repository cannot be had, or files are missing or damaged.
         """
+        # diffusers takes what is no folder for a repository, whose name it expects as text.
+        pretrained_model_name_or_path = os.fspath(pretrained_model_name_or_path)
         pipeline_folder = _package("pipeline_folder")
         if pipeline_folder and os.path.isdir(pretrained_model_name_or_path):
             pipeline_folder.check_folder(

@@ -668,3 +668,9 @@ def test_tokens_that_are_passed_are_the_ones_that_are_spoken_of(hub, monkeypatch
         load(token="hf_bob_write")
     with pytest.raises(HubError, match="open to everybody"):
         load(token=False)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    for place in (tmp_path / "none" / "pipeline", str(tmp_path / "none" / "pipeline")):
+        with pytest.raises(ValueError, match="neither a valid local path nor a valid repo id"):
+            FreqGateDiTPipeline.from_pretrained(place)
