@@ -44,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--levels", type=int, default=12, help="noise levels at which they are (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default 0)")
     parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--prompts", nargs="+", default=[], help="of a text-conditional pipeline, used in turn")
     parser.add_argument("--sampler", help="as for training/evaluation.py (default: the pipeline's own)")
     parser.add_argument("--cpu_threads", type=int, help="by default all cores")
     return parser
@@ -78,13 +79,13 @@ def run(given: argparse.Namespace):
     use_all_cores(given.cpu_threads)
     model = load_model(given.pipeline, given.sampler, "auto", choose_device())
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
-    subject = Subject(model.pipe, world_of(model), *sizes)
+    subject = Subject(model.pipe, world_of(model), *sizes, prompts=given.prompts)
     scheduler = {"class": type(model.pipe.scheduler).__name__, **model.pipe.scheduler.config}
     sections = []
     with tqdm(given.sections, desc="report", unit="section") as progress:
         for name in progress:
             progress.set_postfix_str(name)
-            key = digest(name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype)
+            key = digest(name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype, given.prompts)
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
             progress.write(f"{name}: {'measured' if is_new else 'unchanged, kept'}")
             sections.append(section)

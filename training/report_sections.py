@@ -1,6 +1,6 @@
 """What a report of a pipeline says: each function measures one thing and reads it in plain language."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -41,6 +41,10 @@ class Subject:
         world: of the built-in data that the pipeline was trained on, or `None`: then labels have no known factors.
         num_images: sampled for each measurement.
         steps: of the scheduler.
+        prompts: of a text-conditional pipeline, used in turn.
+
+    Raises:
+        ValueError: for a text-conditional pipeline without prompts.
     """
 
     pipe: FreqGateDiTPipeline
@@ -51,10 +55,16 @@ class Subject:
     num_levels: int = 12
     seed: int = 0
     batch_size: int = 128
+    prompts: Sequence[str] = ()
     guidance_scale: float = field(default=1.0, init=False)  # guidance would mix its own effects in
+
+    def __post_init__(self):
+        if self.pipe.is_text_conditional and not self.prompts:
+            raise ValueError("`prompts` is empty, and this pipeline is conditioned on text: give some.")
 
     @property
     def is_conditional(self) -> bool:
+        """Whether there are class labels that can be exchanged."""
         return self.pipe.num_classes is not None
 
     @property
@@ -87,16 +97,21 @@ class Subject:
         return idct2(spectral_mean(spectrum, size, size)), octaves
 
     @torch.no_grad()
-    def sample(self, labels: list[int] | None = None, **options) -> torch.Tensor:
+    def sample(self, **options) -> torch.Tensor:
         """Images `(num_images, 3, H, W)` in [-1, 1]; image i has the seed `seed + i`, whatever is changed."""
         images = []
         for batch in self.batches():
-            given = {"num_images_per_label": len(batch)}
-            if self.is_conditional:
-                given = {"class_labels": [(labels or self.labels)[index] for index in batch]}
-            seeds = [self.seed + index for index in batch]
-            images.append(self.pipe(**given, seed=seeds, **self.options(**options)).images)
+            images.append(self.pipe(**self.given(batch), **self.options(**options)).images)
         return 2 * torch.cat(images).float().cpu() - 1
+
+    def given(self, indices: Sequence[int]) -> dict:
+        """Condition and seeds of some of the images, as the pipeline takes them."""
+        seeds = {"seed": [self.seed + index for index in indices]}
+        if self.is_conditional:
+            return {"class_labels": [self.labels[index] for index in indices], **seeds}
+        if self.pipe.is_text_conditional:
+            return {"prompt": [self.prompts[index % len(self.prompts)] for index in indices], **seeds}
+        return {"num_images_per_label": len(indices), **seeds}
 
     def batches(self) -> Iterator[list[int]]:
         for start in range(0, self.num_images, self.batch_size):
@@ -121,10 +136,8 @@ def trace_section(subject: Subject) -> Section:
     for space in spaces:
         trace = DenoisingTrace(space, mean=mean if space == "latent" else None)
         count = min(subject.num_images, subject.batch_size)
-        given = {"class_labels": subject.labels[:count]} if subject.is_conditional else {"num_images_per_label": count}
         watched = {"callback_on_step_end": trace, "callback_on_step_end_tensor_inputs": trace.tensor_inputs}
-        seeds = [subject.seed + index for index in range(count)]
-        subject.pipe(**given, seed=seeds, **subject.options(output_type="latent"), **watched)
+        subject.pipe(**subject.given(range(count)), **subject.options(output_type="latent"), **watched)
         power = trace.predicted_power.mean((1, 2)).numpy()
         of_data = data.numpy() if data is not None and space == "latent" else None
         name = "trace" if len(spaces) == 1 else f"trace_of_{space}s"
