@@ -65,7 +65,8 @@ def collect(reports: list[Path]) -> dict:
             for name in losses[0]
             if name != "none"
         }
-    result["arrival"] = [table[0] for table in tables["order/arrival"]]
+    if all(tables["order/arrival"]):
+        result["arrival"] = [table[0] for table in tables["order/arrival"]]
     return result
 
 

@@ -2,7 +2,7 @@
 with another gate. A curve says what a part does beside something; these say what depends on it.
 
 Each is a context manager, leaves the model as it was, and works in any call of model or pipeline (eager: a compiled
-model runs no hooks). Under guidance only the conditional half of a batch is changed.
+model runs no hooks). Labels are exchanged in the conditional pass of guidance alone, a gate in both.
 
     with labels_from(pipe.transformer, other_labels, log_snr=0.0, alphas_cumprod=pipe.scheduler.alphas_cumprod):
         images = pipe(labels, guidance_scale=1).images
@@ -41,16 +41,26 @@ def _check_classes(transformer: ConditionedDiTTransformer2DModel):
         raise ValueError("`transformer` is not conditioned on classes: there is no label to exchange.")
 
 
-def relabelled(transformer, given: torch.Tensor, labels: torch.Tensor | int) -> torch.Tensor:
-    """`labels` `(B,)` or one for all, for the batch whose labels are `given` `(B,)`, or `(2 B,)` under guidance, where
-    the null condition stays."""
-    null = transformer.config.num_classes
-    labels = torch.as_tensor(labels, device=given.device, dtype=given.dtype)
-    if labels.ndim and len(given) % len(labels):
-        raise ValueError(f"`labels` has {len(labels)} entries, which do not fit a batch of {len(given)}.")
-    labels = labels.expand(len(given)) if labels.ndim == 0 else labels.repeat(len(given) // len(labels))
-    guided = (given == null).any() and not (given == null).all()
-    return torch.where(given == null, given, labels) if guided else labels
+def _inputs(args: tuple, kwargs: dict) -> dict:
+    """Arguments of the model's forward pass by name."""
+    return {**dict(zip(("hidden_states", "timestep", "class_labels"), args)), **kwargs}
+
+
+def _for_batch(name: str, values: torch.Tensor, size: int) -> torch.Tensor:
+    """`values`, one for all or one per image, for a batch that under guidance holds every image twice."""
+    if values.ndim == 0:
+        return values.expand(size)
+    if size not in (len(values), 2 * len(values)):
+        raise ValueError(
+            f"`{name}` has {len(values)} entries, which do not fit a batch of {size}: give one per image."
+        )
+    return values.repeat(size // len(values))
+
+
+def relabelled(transformer, given: torch.Tensor, labels: torch.Tensor | int, from_null: bool = False) -> torch.Tensor:
+    """`labels` in place of the labels `given` of a batch; the null condition stays unless `from_null`."""
+    labels = _for_batch("labels", torch.as_tensor(labels, device=given.device, dtype=given.dtype), len(given))
+    return labels if from_null else torch.where(given == transformer.config.num_classes, given, labels)
 
 
 @contextmanager
@@ -59,28 +69,28 @@ def labels_from(
     labels: torch.Tensor | int,
     log_snr: torch.Tensor | float,
     alphas_cumprod: torch.Tensor,
+    from_null: bool = False,
 ):
     """Exchange the class labels where the noise is lower than a level: an image is begun as one class and ended as
-    another. With the null label it is withdrawal of the condition, from the null label insertion.
+    another. With the null label, `num_classes`, it is withdrawal of the condition.
 
     Args:
-        labels: `(B,)` classes of the end, or one for all.
+        labels: `(B,)` classes of the end, one per image, or one for all.
         log_snr: `(B,)` or one for all: labels are exchanged at and above this log-SNR.
         alphas_cumprod: `(T,)` of the noise schedule.
+        from_null: exchange the null condition too, for insertion of a condition; not under guidance.
     """
     _check_classes(transformer)
     alphas_cumprod = alphas_cumprod.cpu()
 
     def exchange(module, args, kwargs):
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
-        given = kwargs["class_labels"]
-        now = log_snr_of(alphas_cumprod, timestep.cpu().float()).expand(len(hidden_states))
-        level = torch.as_tensor(log_snr, dtype=now.dtype).cpu()
-        level = level.repeat(len(given) // len(level)) if level.ndim else level
+        inputs = _inputs(args, kwargs)
+        given = inputs["class_labels"]
+        now = log_snr_of(alphas_cumprod, torch.as_tensor(inputs["timestep"]).cpu().float()).expand(len(given))
+        level = _for_batch("log_snr", torch.as_tensor(log_snr, dtype=now.dtype).cpu(), len(given))
         late = (now >= level).to(given.device)
-        kwargs["class_labels"] = torch.where(late, relabelled(transformer, given, labels), given)
-        return args, kwargs
+        inputs["class_labels"] = torch.where(late, relabelled(transformer, given, labels, from_null), given)
+        return (), inputs
 
     with hooked([transformer.register_forward_pre_hook(exchange, with_kwargs=True)]):
         yield
@@ -92,7 +102,8 @@ def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, lab
 
     Args:
         path: "low" or "high", the two views of the condition that Freq-Gate mixes, or that drive Band-Gate's two
-            gates; "output", the modulation of the last layer. All of them exchanged are another label.
+            gates; "output", the modulation of the last layer. All of them exchanged are another label (but with
+            `gate_residual` the condition goes into the blocks beside the paths, too).
         labels: `(B,)` classes, or one for all; `num_classes` is the null condition.
 
     Raises:
@@ -110,7 +121,7 @@ def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, lab
     conditions = {}  # of this forward pass: what it was given, and what goes into the path
 
     def embed(module, args, kwargs):
-        given = kwargs["class_labels"]
+        given = _inputs(args, kwargs)["class_labels"]
         dtype = transformer.dtype
         conditions["given"] = transformer.class_embed(given).to(dtype)
         conditions["other"] = transformer.class_embed(relabelled(transformer, given, labels)).to(dtype)
@@ -173,9 +184,9 @@ def _freq_gate_handles(transformer: FreqGateDiTTransformer2DModel, change: str, 
     now = {}
 
     def keep_timestep(module, args, kwargs):
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
-        now["mirrored"] = num_train_timesteps - 1 - timestep.float().to(table.device).expand(len(hidden_states))
+        inputs = _inputs(args, kwargs)
+        timestep = torch.as_tensor(inputs["timestep"]).float().to(table.device)
+        now["mirrored"] = num_train_timesteps - 1 - timestep.expand(len(inputs["hidden_states"]))
 
     def replacement(index: int) -> Callable:
         def replace(module, args, output):

@@ -45,6 +45,10 @@ def noised_power(power: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: t
     return alpha * power.double() + 1 - alpha
 
 
+class NoPredictionError(ValueError):
+    """A scheduler tells no predicted clean image."""
+
+
 class DenoisingTrace:
     """Power of each octave in x_t and in the predicted clean image, after every step of a call of the pipeline.
 
@@ -81,13 +85,13 @@ class DenoisingTrace:
         """A `callback_on_step_end`.
 
         Raises:
-            ValueError: if the scheduler tells no predicted clean image.
+            NoPredictionError: if the scheduler tells none.
         """
         if step == 0 and self._timesteps:
             raise ValueError("this `DenoisingTrace` has watched a call already: make another one.")
         predicted = tensors["pred_original_sample"]
         if predicted is None:
-            raise ValueError(
+            raise NoPredictionError(
                 f"{type(pipe.scheduler).__name__} tells no predicted clean image: trace with another `scheduler`, "
                 "such as EulerDiscreteScheduler."
             )
@@ -153,7 +157,10 @@ def unit_scale(scheduler: SchedulerMixin, latents: torch.Tensor) -> torch.Tensor
 
 
 def last_crossing(x: np.ndarray, values: np.ndarray, level: float) -> float:
-    """The x from which on `values` stay at or above `level`, linearly interpolated; `x[0]` if they always do."""
+    """The x from which on `values` stay at or above `level`, linearly interpolated; `x[0]` if they always do, NaN if
+    they never do for good or are not finite."""
+    if not np.isfinite(values).all():
+        return float("nan")
     below = np.flatnonzero(values < level)
     if not len(below):
         return float(x[0])

@@ -11,6 +11,7 @@ from test_decisions import ROWS, deciding_pipeline, read
 
 from freqgate_dit.analysis import gate_statistics
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
+from freqgate_dit.statistics import Bootstrap
 from freqgate_dit.training import factor_classifier, report_sections
 from freqgate_dit.training.analyze import main
 from freqgate_dit.training.report_page import Section, keep_section, render_page
@@ -80,7 +81,7 @@ def test_a_report_of_a_latent_model_without_gates(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "AdaLNZeroDiTTransformer2DModel has no gates" in printed
     assert "Left out: this needs labels whose factors are known" in printed
-    assert "holds no spectrum" in printed
+    assert "The pipeline holds no spectrum" in printed
     names = {path.name for path in (tmp_path / "report/sections/order").glob("*.png")}
     assert names == {"trace_of_latents.png", "trace_of_pixels.png"}
     arrival = json.loads((tmp_path / "report/sections/order/arrival.json").read_text())
@@ -184,3 +185,57 @@ def test_options_that_make_no_sense(words, message, tmp_path):
     with pytest.raises(SystemExit, match="error"):
         main(["--pipeline", str(tmp_path / "none"), "--out", str(tmp_path)])
     assert not (tmp_path / "sections").exists()
+
+
+def test_built_in_data_without_its_labels(tmp_path, capsys):
+    make_pipeline(tiny_transformer(num_classes=None, in_channels=3, sample_size=32, patch_size=8)).save_pretrained(
+        tmp_path / "pipeline"
+    )
+    (tmp_path / "pipeline/training_config.yaml").write_text("dataset: shapes_textures\nworld: mod\n")
+    main(["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "report"), *SMALL])
+    assert "Left out: this needs labels whose factors are known" in capsys.readouterr().out
+
+
+def test_a_sampler_that_tells_no_prediction_leaves_the_order_out(tmp_path, capsys):
+    make_pipeline(tiny_transformer(in_channels=3)).save_pretrained(tmp_path / "pipeline")
+    words = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "report"), *SMALL, "--sampler", "dpm"]
+    main(words)
+    assert "Left out: DPMSolverMultistepScheduler tells no predicted clean image" in capsys.readouterr().out
+    main(words)
+    assert capsys.readouterr().out.count("unchanged, kept") == 4
+
+
+@pytest.mark.parametrize(
+    "arrival, said",
+    [
+        ([0.0, 0.0, 0.1], "all at about the same level"),
+        ([-2.0, -2.1, 1.0, 3.0], "from coarse to fine"),
+        ([3.0, 1.0, -2.0], "from fine to coarse"),
+        ([3.0, 1.0, 2.0], "not in the order"),
+    ],
+)
+def test_the_order_is_read_from_the_levels(arrival, said):
+    assert said in report_sections._read_arrival("image", list("abcd"), arrival, 8)
+
+
+@pytest.mark.parametrize(
+    "low, high, said",
+    [
+        (0.6, 2.0, "texture after structure. That is as predicted for the world 'add'"),
+        (-2.0, -0.6, "texture before structure. That is other than predicted"),
+        (-0.2, 0.3, "both at about the same level. That is other than predicted"),
+        (-1.0, 2.0, "Undecided"),
+    ],
+)
+def test_a_wide_interval_decides_nothing(low, high, said):
+    subject = Subject(deciding_pipeline(), "add")
+    difference = Bootstrap((low + high) / 2, 0.1, low, high, 0.0, 0.95, 10)
+    assert said in report_sections._read_swap(subject, ROWS, difference)[1]
+
+
+def test_the_control_of_band_gate_is_not_read_as_frequencies():
+    options = {"band_basis": "random", "band_branches": "attention"}
+    pipe = make_pipeline(tiny_transformer("band_gate", in_channels=3, sample_size=32, patch_size=4, **options))
+    section = report_sections.gate_section(Subject(pipe, None))
+    assert "random directions" in section.reading[0] and "by construction" not in section.reading[0]
+    assert {row["branch"] for row in section.tables["gains"]} == {"attention"}

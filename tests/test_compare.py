@@ -90,6 +90,13 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1 seeds have all arms finished"):
         main([*write(tmp_path / "c.yaml", evaluation=evaluation, seeds=[1, 2]), "--report_only"])
     capsys.readouterr()
+    # An evaluation with other options is made anew, and none is reported that was not asked for.
+    other = {**evaluation, "seed": 7}
+    with pytest.raises(SystemExit, match="0 seeds have all arms finished"):
+        main([*write(tmp_path / "c.yaml", evaluation=other), "--report_only"])
+    main([*write(tmp_path / "c.yaml"), "--report_only"])
+    assert json.loads((out / "comparison.json").read_text())["arms"]["adaln"]["metrics"] == {}
+    capsys.readouterr()
     # A run that lost its end goes on, and the numbers are the same.
     shutil.rmtree(out / "runs" / "adaln_seed0" / "checkpoints" / "step_00000004")
     shutil.rmtree(out / "runs" / "adaln_seed0" / "pipeline")

@@ -60,7 +60,8 @@ def deciding_pipeline():
     pipe = make_pipeline(transformer, euler("trailing"), id2label={i: str(i) for i in range(classes)})
     decided = {}
 
-    def denoise(sample, timestep, class_labels):
+    def denoise(hidden_states, timestep, class_labels):
+        sample = hidden_states
         level = log_snr(pipe.scheduler.alphas_cumprod, torch.as_tensor(float(timestep.flatten()[0])))
         alpha = level.sigmoid()
         if len(decided.get("structure", [])) != len(class_labels) or level < -8:

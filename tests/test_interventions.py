@@ -1,9 +1,12 @@
 """Interventions: each one equals a call that can be made without it, and leaves nothing behind."""
 
+import math
+
 import pytest
 import torch
 from components import LABELS, make_pipeline, sample, tiny_transformer
 from diffusers import DDPMScheduler
+from diffusers.guiders import ClassifierFreeGuidance
 
 from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
 from freqgate_dit.traces import log_snr
@@ -136,6 +139,30 @@ def test_what_a_model_does_not_have():
     unconditional = tiny_transformer("adaln_zero", num_classes=None)
     with pytest.raises(ValueError, match="not conditioned on classes"), labels_from(unconditional, 0, 0.0, ALPHAS):
         pass
-    with labels_from(model, torch.tensor([0, 1, 2]), 0.0, ALPHAS):
-        with pytest.raises(ValueError, match="`labels` has 3 entries, which do not fit a batch of 4"):
+    for labels, level in ((torch.tensor([0]), 0.0), (torch.tensor([0, 1, 2]), 0.0), (0, torch.zeros(3))):
+        with (
+            labels_from(model, labels, level, ALPHAS),
+            pytest.raises(ValueError, match="entries, which do not fit a b"),
+        ):
             run(model)
+
+
+@pytest.mark.parametrize("guider", [None, ClassifierFreeGuidance(guidance_scale=2.5)])
+def test_guidance_keeps_its_null_condition(guider):
+    """Labels are exchanged in the conditional pass alone, whether guidance makes one batch of both passes or two."""
+    pipe = make_pipeline(tiny_transformer("adaln_zero"))
+    options = {"guider": guider} if guider else {"guidance_scale": 2.5}
+    with labels_from(pipe.transformer, 2, -math.inf, pipe.scheduler.alphas_cumprod):
+        exchanged = sample(pipe, [0, 1], **options)
+    assert torch.equal(exchanged, sample(pipe, [2, 2], **options))
+
+
+def test_insertion_and_arguments_by_place():
+    model = tiny_transformer("adaln_zero")
+    null = torch.full((4,), NULL)
+    with labels_from(model, OTHER, -math.inf, ALPHAS), torch.no_grad():
+        assert torch.equal(model(BATCH, 400, null).sample, run(model, null))
+        assert torch.equal(model(BATCH, 400, GIVEN).sample, run(model, OTHER))
+    with labels_from(model, OTHER, -math.inf, ALPHAS, from_null=True):
+        inserted = run(model, null)
+    assert torch.equal(inserted, run(model, OTHER))

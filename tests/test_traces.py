@@ -137,3 +137,4 @@ def test_last_crossing():
     assert last_crossing(x, np.array([1.0, 0.5, 1, 1]), 0.75) == 1.5
     assert last_crossing(x, np.array([1.0, 1, 1, 1]), 0.75) == 0
     assert math.isnan(last_crossing(x, np.array([1.0, 1, 1, 0]), 0.75))
+    assert math.isnan(last_crossing(x, np.full(4, np.nan), 0.75))

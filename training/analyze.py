@@ -9,6 +9,7 @@ texture are decided. What has not changed since the last call is not measured ag
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from freqgate_dit import __version__
 from freqgate_dit.devices import choose_device
 from freqgate_dit.files import write_text
 from freqgate_dit.training.data import BUILT_IN
-from freqgate_dit.training.generation import Model, load_model
+from freqgate_dit.training.generation import Model, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.report_page import digest, keep_section, render_page
 from freqgate_dit.training.report_sections import SECTIONS, Subject
@@ -80,11 +81,13 @@ def run(given: argparse.Namespace):
     model = load_model(given.pipeline, given.sampler, "auto", choose_device())
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
     subject = Subject(model.pipe, world_of(model), *sizes, prompts=given.prompts)
-    scheduler = {"class": type(model.pipe.scheduler).__name__, **model.pipe.scheduler.config}
+    scheduler = {"class": type(model.pipe.scheduler).__name__, **scheduler_arguments(model.pipe.scheduler)}
     sections = []
     with tqdm(given.sections, desc="report", unit="section") as progress:
         for name in progress:
             progress.set_postfix_str(name)
+            if model.weights["checkpoint"] is None:  # weights that have no digest are never the same
+                shutil.rmtree(given.out / "sections" / name, ignore_errors=True)
             key = digest(name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype, given.prompts)
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
             progress.write(f"{name}: {'measured' if is_new else 'unchanged, kept'}")

@@ -27,13 +27,15 @@ from tqdm import tqdm
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from freqgate_dit.files import read_json_lines
+from freqgate_dit.files import read_json_lines, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.training.checkpoints import checkpoint_folders
 from freqgate_dit.training.config import TrainingRun, parse_config
 from freqgate_dit.training.evaluation import check_arguments, make_parser
+from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest
 from freqgate_dit.training.paired import summarise, write_report
+from freqgate_dit.training.report_page import digest
 
 
 # With others, held-out errors are not of the same thing.
@@ -183,8 +185,15 @@ def is_trained(folder: Path, steps: int) -> bool:
     return validated[-1:] == [steps] and (folder / "pipeline" / "model_index.json").is_file()
 
 
-def is_evaluated(folder: Path) -> bool:
-    return (folder / "evaluation" / "evaluation.json").is_file()
+def evaluation_key(folder: Path, options: dict) -> str:
+    """What an evaluation of the run is of: the options and the weights."""
+    return digest(options, weights_digest(folder / "pipeline" / "transformer"))
+
+
+def is_evaluated(folder: Path, options: dict) -> bool:
+    key = folder / "evaluation.key"
+    is_same = key.is_file() and key.read_text(encoding="utf-8") == evaluation_key(folder, options)
+    return is_same and (folder / "evaluation" / "evaluation.json").is_file()
 
 
 def training_job(name: str, words: list[str], folder: Path) -> Job:
@@ -198,6 +207,11 @@ def training_job(name: str, words: list[str], folder: Path) -> Job:
 
 
 def evaluation_job(name: str, options: dict, folder: Path) -> Job:
+    """Start or go on with the evaluation of a trained run; one of other weights or options is deleted."""
+    file, key = folder / "evaluation.key", evaluation_key(folder, options)
+    if not file.is_file() or file.read_text(encoding="utf-8") != key:
+        shutil.rmtree(folder / "evaluation", ignore_errors=True)
+        write_text(file, key)
     words = words_of({"pipeline": folder / "pipeline", **options, "out": folder / "evaluation"})
     return script_job(name, "evaluation.py", words, folder)
 
@@ -289,7 +303,7 @@ def run(options: argparse.Namespace):
         return is_trained(folders[key], steps)
 
     def finished(key) -> bool:
-        return trained(key) and (not evaluation or is_evaluated(folders[key]))
+        return trained(key) and (not evaluation or is_evaluated(folders[key], evaluation))
 
     if options.report_only:
         seeds = [seed for seed in comparison.seeds if all(finished((arm, seed)) for arm in comparison.arms)]

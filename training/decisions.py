@@ -152,8 +152,13 @@ def swap_labels(
         )
     transformer, alphas_cumprod = pipe.transformer, pipe.scheduler.alphas_cumprod.cpu()
     pipe.scheduler.set_timesteps(num_inference_steps)
-    steps = torch.linspace(0, num_inference_steps - 1, num_levels).round().long()
-    levels = log_snr(alphas_cumprod, pipe.scheduler.timesteps.cpu().float())[steps]  # ascending
+    timesteps = pipe.scheduler.timesteps.cpu().float().unique().flip(0)  # some schedulers ask twice at one
+    if len(timesteps) < num_levels:
+        raise ValueError(
+            f"`num_levels` ({num_levels}): the scheduler has only {len(timesteps)} timesteps: take fewer."
+        )
+    chosen = torch.linspace(0, len(timesteps) - 1, num_levels).round().long()
+    levels = log_snr(alphas_cumprod, timesteps)[chosen]  # ascending
     first, second = label_pairs(num_pairs, seed)
 
     index = torch.arange(num_pairs * num_levels)
@@ -164,7 +169,8 @@ def swap_labels(
         with ExitStack() as contexts:
             if kind == "insertion":
                 contexts.enter_context(labels_from(transformer, classes, -math.inf, alphas_cumprod))
-            contexts.enter_context(labels_from(transformer, end, level, alphas_cumprod))
+            inserts = kind == "insertion"
+            contexts.enter_context(labels_from(transformer, end, level, alphas_cumprod, from_null=inserts))
             images = pipe(
                 first[pair].tolist(),
                 seed=[seed * 1_000_003 + int(one) for one in pair],
@@ -172,7 +178,7 @@ def swap_labels(
                 num_inference_steps=num_inference_steps,
                 output_type="pt",
             ).images
-        logits = classifier(2 * images.float() - 1)
+        logits = classifier(2 * images.float().cpu() - 1)
         shown.append(torch.stack([one.argmax(-1).cpu() for one in logits], dim=-1))
     shown = torch.cat(shown).view(num_pairs, num_levels, len(FACTORS)).numpy()
     of_first, of_second = (

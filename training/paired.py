@@ -15,18 +15,18 @@ from freqgate_dit.statistics import holm, paired_difference
 from freqgate_dit.summary import read_summary
 
 
-def read_run(folder: Path, weights: str) -> dict:
-    """What a run measured.
+def read_run(folder: Path, weights: str, evaluated: bool) -> dict:
+    """What a run measured; with images if it was `evaluated`.
 
     Returns: "steps", "loss" `(S,)`, "bands", "loss_by_band" `(S, bands)`, "images_per_second", and "metrics", name ->
-    value, of the images of the trained model where they were evaluated.
+    value, of the images of the trained model.
     """
     records = read_json_lines(folder / "validation.jsonl")
     measured = [record.get(weights) or record["raw"] for record in records]
     lines = read_json_lines(folder / "metrics.jsonl")
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     evaluation = folder / "evaluation" / "evaluation.json"
-    metrics = read_json(evaluation)["metrics"] if evaluation.is_file() else []
+    metrics = read_json(evaluation)["metrics"] if evaluated else []
     return {
         "steps": [record["step"] for record in records],
         "loss": [values["loss"] for values in measured],
@@ -46,8 +46,8 @@ def relative_difference(arm: np.ndarray, baseline: np.ndarray) -> dict:
 class Measured:
     """The numbers of all runs, by arm and seed, as arrays with the seeds first."""
 
-    def __init__(self, folders: dict[tuple[str, int], Path], weights: str):
-        self.runs = {key: read_run(folder, weights) for key, folder in folders.items()}
+    def __init__(self, folders: dict[tuple[str, int], Path], weights: str, evaluated: bool):
+        self.runs = {key: read_run(folder, weights, evaluated) for key, folder in folders.items()}
         self.seeds = list(dict.fromkeys(seed for _, seed in folders))
         first = next(iter(self.runs.values()))
         self.steps, self.bands, self.metrics = first["steps"], first["bands"], list(first["metrics"])
@@ -82,7 +82,7 @@ def summarise(comparison, folders: dict[tuple[str, int], Path]) -> dict:
     Args:
         folders: (arm, seed) -> folder, all arms for each of the seeds.
     """
-    measured = Measured(folders, comparison.weights)
+    measured = Measured(folders, comparison.weights, bool(comparison.evaluation))
     arms = {}
     for arm, options in comparison.arms.items():
         model = read_summary(folders[arm, measured.seeds[0]] / "pipeline")
@@ -156,8 +156,9 @@ def markdown(result: dict) -> str:
     return (
         f"{_arms_table(result)}\n\nHeld-out error after {result['steps'][-1]} steps, {result['weights']} weights, "
         f"mean ± standard deviation over {seeds} seeds. Differences in percent of the baseline's error, with 95 % "
-        f"t-intervals of the paired mean.\n\n{_contrasts_table(result)}\n\nWhat the comparison was made for, by "
-        "spatial frequency too; p by all sign flips, two-sided, at best "
+        f"t-intervals of the paired mean.\n\n{_contrasts_table(result)}\n\nWhat the comparison was made for, in "
+        f"percent of the "
+        "error of the second arm, by spatial frequency too; p by all sign flips, two-sided, at best "
         f"{2.0 ** (1 - seeds):.3f} with {seeds} seeds, and adjusted for the number of rows (Holm). A negative "
         "difference in held-out error is a better denoiser, and says nothing yet about images.\n"
     )
@@ -173,12 +174,13 @@ def write_report(result: dict, out: Path):
         one["arm"] if one["against"] == baseline else f"{one['arm']} against {one['against']}": one
         for one in result["contrasts"]
     }
+    zero = f"{baseline}, or the arm named" if any(" against " in name for name in named) else baseline
     plots.difference_curves(
-        result["steps"], {name: one["difference_percent_by_step"] for name, one in named.items()}, baseline
+        result["steps"], {name: one["difference_percent_by_step"] for name, one in named.items()}, zero
     ).savefig(out / "curves.png")
     others = {name: arm for name, arm in result["arms"].items() if name != baseline} | named
     rows = {
         name: {"all": one["difference_percent"], **one["difference_percent_by_band"]} for name, one in others.items()
     }
-    plots.forest_plot(rows, baseline).savefig(out / "forest.png")
+    plots.forest_plot(rows, zero).savefig(out / "forest.png")
     print(f"\n{text}\nwrote comparison.json, comparison.md, curves.png and forest.png into {out}")

@@ -14,12 +14,12 @@ from freqgate_dit import plots
 from freqgate_dit.analysis import band_gain_table, gate_statistics, gate_table
 from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
 from freqgate_dit.metrics import band_power
-from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
-from freqgate_dit.shapes_textures import ShapesTextures
-from freqgate_dit.spectral import idct2, octave_bands, octave_labels
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
+from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands, octave_labels
 from freqgate_dit.statistics import bootstrap
-from freqgate_dit.traces import DenoisingTrace, log_snr, noised_power
+from freqgate_dit.traces import DenoisingTrace, NoPredictionError, log_snr, noised_power
 from freqgate_dit.training.decisions import FACTORS, KINDS, PREDICTED, factors, swap_labels
 from freqgate_dit.training.factor_classifier import train_factor_classifier
 from freqgate_dit.training.latents import CachedLatents
@@ -29,6 +29,7 @@ from freqgate_dit.training.validation import Validation
 
 LEAST_SHOWN = 0.5
 SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
+SAME_DECISION = 0.5
 SMALL_INDEX = 0.1
 MOST_CLASSES = 8  # that the traces' table lists one by one
 
@@ -61,6 +62,8 @@ class Subject:
     def __post_init__(self):
         if self.pipe.is_text_conditional and not self.prompts:
             raise ValueError("`prompts` is empty, and this pipeline is conditioned on text: give some.")
+        if self.pipe.num_classes != len(STRUCTURES) * len(TEXTURES):
+            self.world = None  # images of the world, but no labels that say what they should show
 
     @property
     def is_conditional(self) -> bool:
@@ -79,22 +82,52 @@ class Subject:
     def labels(self) -> list[int]:
         return [index % self.pipe.num_classes for index in range(self.num_images)]
 
+    @property
+    def image_size(self) -> int:
+        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
+
     @cached_property
     def classifier(self):
         """Judge of the built-in data's factors, and its accuracies on held-out real images."""
-        size = self.pipe.transformer.config.sample_size
         with torch.enable_grad():
-            return train_factor_classifier(world=self.world, image_size=size, progress=False)
+            return train_factor_classifier(world=self.world, image_size=self.image_size, progress=False)
 
-    def data_spectrum(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean image `(C, H, W)` and power of the octaves `(bands,)` of the training data in the model's space."""
-        spectrum = self.pipe.scheduler.config.get("spectrum") or self.pipe.scheduler.config.get("_spectrum")
-        if not spectrum:
-            return None
+    @torch.no_grad()
+    def to_model_space(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(N, 3, H, W)` in [-1, 1] as the model sees them."""
+        vae = self.pipe.vae
+        return images if vae is None else encode_to_latent_moments(vae, images.to(vae.device))[0].cpu()
+
+    def real_images(self, count: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of the world, as the model sees them, and their labels."""
+        data = ShapesTextures(count, self.image_size, self.world, split=split)
+        return self.to_model_space(data.images(range(count)).float() / 127.5 - 1), data.labels(range(count))
+
+    @cached_property
+    def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.real_images(512, "validation")
+
+    @cached_property
+    def data_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+        """Mean image `(C, H, W)` and power of the octaves `(bands,)` of the training data in the model's space, and
+        where they are from; of the built-in data measured, otherwise from what the pipeline keeps."""
         size = self.pipe.transformer.config.sample_size
-        power, bands = spectral_power(spectrum, size, size).mean(0), octave_bands(size, size)
+        spectrum = self.pipe.scheduler.config.get("spectrum") or self.pipe.scheduler.config.get("_spectrum")
+        own = self.pipe.transformer.spectrum
+        if self.world is not None:
+            statistics = SpectrumStatistics()
+            statistics.update(self.real_images(1024, "train")[0])
+            mean, power, source = statistics.mean, statistics.power, "1,024 images of the training data"
+        elif own is not None:
+            mean, power, source = own.mean.cpu().double(), own.power.cpu().double(), "the weights"
+        elif spectrum:
+            mean, power = spectral_mean(spectrum, size, size), spectral_power(spectrum, size, size)
+            source = "the scheduler's configuration, which keeps means over rings: about right"
+        else:
+            return None
+        power, bands = power.mean(0), octave_bands(size, size)
         octaves = torch.stack([power[bands == band].mean() for band in range(int(bands.max()) + 1)])
-        return idct2(spectral_mean(spectrum, size, size)), octaves
+        return idct2(mean), octaves, source
 
     @torch.no_grad()
     def sample(self, **options) -> torch.Tensor:
@@ -128,40 +161,43 @@ class Subject:
 @torch.no_grad()
 def trace_section(subject: Subject) -> Section:
     """In which order the octaves are made."""
-    known = subject.data_spectrum()
-    mean, data = known or (None, None)
+    mean, data, source = subject.data_spectrum or (None, None, None)
     spaces = ["latent"] if subject.pipe.vae is None else ["latent", "pixel"]
     section = Section("The order of denoising", [], shown=("arrival",))
-    arrivals = []
     for space in spaces:
         trace = DenoisingTrace(space, mean=mean if space == "latent" else None)
         count = min(subject.num_images, subject.batch_size)
         watched = {"callback_on_step_end": trace, "callback_on_step_end_tensor_inputs": trace.tensor_inputs}
-        subject.pipe(**subject.given(range(count)), **subject.options(output_type="latent"), **watched)
+        try:
+            subject.pipe(**subject.given(range(count)), **subject.options(output_type="latent"), **watched)
+        except NoPredictionError as error:
+            return Section(section.title, [f"Left out: {error}"])
         power = trace.predicted_power.mean((1, 2)).numpy()
         of_data = data.numpy() if data is not None and space == "latent" else None
         name = "trace" if len(spaces) == 1 else f"trace_of_{space}s"
         section.figures[name] = plots.trace_figure(trace.log_snr, trace.bands, power, of_data)
         section.tables[name] = trace.rows()
-        arrival = trace.arrival()
-        arrivals.append(arrival)
         groups = {"all": slice(None)}
         if subject.is_conditional and subject.pipe.num_classes <= MOST_CLASSES:
             names = subject.pipe.id2label
             for label in range(subject.pipe.num_classes):
                 groups[names.get(label, str(label))] = [i for i in range(count) if subject.labels[i] == label]
         for group, images in groups.items():
+            if images == []:
+                continue
             row = {"space": "image" if space == "pixel" or len(spaces) == 1 else "latent", "class": group}
             for band, level in zip(trace.bands, trace.arrival(images=images)):
                 row[f"{band} cycles"] = level
             section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
-        section.reading.append(_read_arrival(space if len(spaces) > 1 else "image", trace.bands, arrival))
+        section.reading.append(
+            _read_arrival(space if len(spaces) > 1 else "image", trace.bands, trace.arrival(), count)
+        )
         if of_data is not None:
             ratio = power[-1] / of_data
             worst = int(np.abs(np.log(ratio)).argmax())
             section.reading.append(
                 f"At the end the octaves have {', '.join(f'{value:.2f}' for value in ratio)} times the power of the "
-                f"training data; the largest gap is at {trace.bands[worst]} cycles per image."
+                f"training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
             )
             steps = torch.from_numpy(trace.timesteps)
             forward = noised_power(torch.from_numpy(of_data), subject.alphas_cumprod, steps)
@@ -174,22 +210,27 @@ def trace_section(subject: Subject) -> Section:
         section.shown = ("arrival", "arrival_of_pixels")
     if data is None:
         section.reading.append(
-            "The scheduler's configuration holds no spectrum of the training data, so there is nothing to compare "
-            "with."
+            "The pipeline holds no spectrum of the training data, so there is nothing to compare with."
         )
     return section
 
 
-def _read_arrival(space: str, bands: list[str], arrival: list[float]) -> str:
-    finite = [level for level in arrival if np.isfinite(level)]
-    rising = all(first < second + SAME_LEVEL for first, second in zip(finite, finite[1:]))
-    order = "one after the other from coarse to fine" if rising else "not in the order of their frequencies"
+def _read_arrival(space: str, bands: list[str], arrival: list[float], count: int) -> str:
+    finite = np.array([level for level in arrival if np.isfinite(level)])
+    if np.ptp(finite) < SAME_LEVEL:
+        order = "all at about the same level"
+    elif (np.diff(finite) > -SAME_LEVEL).all() and finite[-1] - finite[0] > SAME_LEVEL:
+        order = "from coarse to fine"
+    elif (np.diff(finite) < SAME_LEVEL).all() and finite[0] - finite[-1] > SAME_LEVEL:
+        order = "from fine to coarse"
+    else:
+        order = "not in the order of their frequencies"
     levels = ", ".join(f"{band}: {level:+.1f}" for band, level in zip(bands, arrival))
     return (
-        f"Each octave of the predicted clean {space} reaches nine tenths of its final power at a log-SNR of "
-        f"({levels}): "
-        f"{order}. Data of a falling spectrum show this with any good denoiser, whatever its conditioning: at a given "
-        "noise level only the octaves that stand out of the noise can be told."
+        f"Mean over {count} images. Each octave of the predicted clean {space} reaches nine tenths of its final power "
+        f"at a log-SNR of ({levels}): {order}. On data whose power falls with frequency any good denoiser goes from "
+        "coarse to fine, whatever its conditioning: at a given noise level only the octaves that stand out of the "
+        "noise can be told."
     )
 
 
@@ -233,30 +274,31 @@ def gate_section(subject: Subject) -> Section:
         levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
         tiny = np.finfo(np.float32).tiny
         ratio = 20 * np.log10((low + tiny) / (high + tiny))  # (T, blocks, 2)
-        rows = [
-            {
-                "block": block,
-                "branch": ("attention", "mlp")[branch],
-                "low_over_high_dB_in_noise": float(ratio[-1, block, branch]),
-                "low_over_high_dB_clean": float(ratio[0, block, branch]),
-                "correlation": float(np.corrcoef(ratio[:, block, branch], levels)[0, 1])
-                if ratio[:, block, branch].std() > 1e-9
-                else 0.0,
-            }
-            for block in range(ratio.shape[1])
-            for branch in range(2)
-        ]
+        rows = []
+        for block, parts in enumerate(transformer.transformer_blocks):
+            for branch in parts.branches:
+                values = ratio[:, block, ("attention", "mlp").index(branch)]
+                correlation = float(np.corrcoef(values, levels)[0, 1]) if values.std() > 1e-9 else 0.0
+                ends = {"low_over_high_dB_in_noise": float(values[-1]), "low_over_high_dB_clean": float(values[0])}
+                rows.append({"block": block, "branch": branch, **ends, "correlation": correlation})
+        mean = {name: np.mean([row[name] for row in rows]) for name in ends}
         falling = np.mean([row["correlation"] < 0 for row in rows])
+        is_frequency = transformer.config.band_basis == "dct"
+        meaning = (
+            "Low and high are frequencies of the token grid by construction, so the direction means something: of the "
+            "gain of a branch, not of the image."
+            if is_frequency
+            else "In this model, a control, low and high are random directions of the token grid, not frequencies."
+        )
         reading = (
-            f"In noise the low band's gain exceeds the high band's by {ratio[-1].mean():+.1f} dB on average, in clean "
-            f"images by {ratio[0].mean():+.1f} dB; in {falling:.0%} of the branches the low band gives way to the "
-            f"high "
-            "one as noise falls. Here low and high are frequencies of the token grid by construction, so these curves "
-            "have a direction that means something (the gain of a branch, not of the image)."
+            f"Under the null condition and in noise the low band's gain exceeds the high band's by "
+            f"{mean['low_over_high_dB_in_noise']:+.1f} dB on average, in clean images by "
+            f"{mean['low_over_high_dB_clean']:+.1f} dB; in {falling:.0%} of the gated branches the low band gives "
+            f"way to "
+            f"the high one as noise falls. {meaning}"
         )
-        return Section(
-            title, [reading], {"band_gains": plots.band_gain_curves(timesteps, low, high)}, {"gains": rows}, ("gains",)
-        )
+        figures = {"band_gains": plots.band_gain_curves(timesteps, low, high)}
+        return Section(title, [reading], figures, {"gains": rows}, ("gains",))
     return Section(
         title,
         [f"{type(transformer).__name__} has no gates over time or frequency: there is nothing to show here."],
@@ -339,19 +381,21 @@ def intervention_section(subject: Subject) -> Section:
             {"index": index.estimate, "low": index.low, "high": index.high, "standard_error": index.standard_error}
         ]
         section.shown += ("dissociation",)
-        verdict = (
-            "the path called Low serves structure more than texture, compared with High"
-            if index.low > 0 and index.estimate > SMALL_INDEX
-            else "the path called Low serves texture more than structure, compared with High"
-            if index.high < 0 and index.estimate < -SMALL_INDEX
-            else "structure and texture are hardly shared out between the two paths"
-        )
+        if index.low > SMALL_INDEX:
+            verdict = "the path called Low serves structure more than texture, compared with High"
+        elif index.high < -SMALL_INDEX:
+            verdict = "the path called Low serves texture more than structure, compared with High"
+        elif -SMALL_INDEX < index.low and index.high < SMALL_INDEX:
+            verdict = "structure and texture are hardly shared out between the two paths"
+        else:
+            verdict = "undecided, more images would tell"
         section.reading.append(
             f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over "
             f"images; "
-            f"1 would be a perfect division of labour): {verdict}. It is of this one model."
+            f"a perfect division of labour would be 0.875, as chance is right once in eight): {verdict}. It is of "
+            f"this one model."
         )
-    if {"no condition in low", "no condition in high"} <= found.keys():
+    if {"no condition in low", "no condition in high"} <= found.keys() and subject.pipe.num_classes > 1:
         section.figures["hybrids"] = hybrid_figure(subject)
         section.reading.append(
             "Hybrids: rows of the last picture have the label of A in one path and of B in the other."
@@ -382,19 +426,18 @@ def dissociation(correct: dict[str, dict[str, np.ndarray]], num_resamples: int =
 
 
 @torch.no_grad()
-def validation_loss(subject: Subject, num_images: int = 512) -> float:
+def validation_loss(subject: Subject) -> float:
     """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too."""
-    pipe = subject.pipe
-    size = pipe.transformer.config.sample_size
-    data = ShapesTextures(num_images, size, subject.world, split="validation")
-    images = data.images(range(num_images)).float() / 127.5 - 1
-    held = CachedLatents(images[:, None], None, data.labels(range(num_images)))
+    pipe, device = subject.pipe, subject.pipe.device
     config = pipe.scheduler.config
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-    validation = Validation(held, DDPMScheduler(**{name: config[name] for name in names}), num_images, 128)
+    scheduler = DDPMScheduler(**{name: config[name] for name in names})
+    images, labels = subject.held_out
+    validation = Validation(CachedLatents(images[:, None], None, labels), scheduler, len(images), 128)
 
     def denoise(noisy, timesteps, labels):
-        return pipe.transformer(noisy.to(pipe.transformer.dtype), timesteps, class_labels=labels).sample.float()
+        inputs = noisy.to(device, pipe.transformer.dtype), timesteps.to(device)
+        return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
 
     return validation.summarise(validation(denoise)).to_json()["loss"]
 
@@ -402,8 +445,9 @@ def validation_loss(subject: Subject, num_images: int = 512) -> float:
 def hybrid_figure(subject: Subject, count: int = 6):
     """Images of label A, of label B, and with the label of B in one path alone, from the same noise."""
     pipe, classes = subject.pipe, subject.pipe.num_classes
-    ours = [(index * 9) % classes for index in range(count)]
-    others = [(label + classes // 2 + 3) % classes for label in ours]
+    # Of the built-in data, whose class is 8 x structure + texture, another structure and another texture each.
+    ours = [(9 * index if subject.world else index) % classes for index in range(count)]
+    others = [(label + (max(1, classes // 2) + 3 if subject.world else 1)) % classes for label in ours]
     transformer = pipe.transformer
 
     def images(labels, context):
@@ -481,16 +525,28 @@ def decision_section(subject: Subject) -> Section:
 
 def _read_swap(subject: Subject, levels: dict, difference) -> list[str]:
     predicted = PREDICTED[subject.world]
-    found = 1 if difference.low > 0 else -1 if difference.high < 0 else 0
-    names = {1: "texture after structure", -1: "texture before structure", 0: "neither clearly before the other"}
-    agrees = "as" if found == predicted else "other than"
+    names = {1: "texture after structure", -1: "texture before structure", 0: "both at about the same level"}
+    if -SAME_DECISION < difference.low and difference.high < SAME_DECISION:
+        found = 0
+    elif difference.low > 0 or difference.high < 0:
+        found = 1 if difference.low > 0 else -1
+    else:
+        found = None
+    verdict = (
+        "Undecided: more pairs would tell."
+        if found is None
+        else f"Found: {names[found]}. That is {'as' if found == predicted else 'other than'}"
+    )
+    if found is not None:
+        verdict += (
+            f" predicted for the world '{subject.world}' if lower frequencies are decided first ({names[predicted]})."
+        )
     return [
         f"{subject.num_pairs} pairs of labels, exchanged at {subject.num_levels} noise levels. Structure is decided "
-        f"at a "
-        f"log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference "
+        f"at "
+        f"a log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference "
         f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs).",
-        f"Found: {names[found]}. That is {agrees} predicted for the world '{subject.world}' if lower frequencies are "
-        f"decided first ({names[predicted]}). The interval is of this one model's samples, not of training.",
+        f"{verdict} The interval is of this one model's samples, not of training.",
     ]
 
 
