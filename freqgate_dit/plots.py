@@ -253,11 +253,13 @@ def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarr
     return figure
 
 
-def difference_curves(steps: Sequence[int], differences: dict[str, list[dict]], baseline: str):
-    """How the difference of each arm to the baseline develops: does a gain persist?
+def difference_curves(
+    steps: Sequence[float], differences: dict[str, list[dict]], baseline: str, xlabel: str = "optimiser step"
+):
+    """How the difference of each arm to the baseline develops: does a gain persist, or where in noise does it lie?
 
     Args:
-        steps: `(S,)`, ascending.
+        steps: `(S,)`, ascending; of training, or others by `xlabel`.
         differences: arm -> S dictionaries with "mean", "low" and "high" in percent.
         baseline: name of the arm at 0.
     """
@@ -268,7 +270,7 @@ def difference_curves(steps: Sequence[int], differences: dict[str, list[dict]], 
         axes.plot(steps, mean, color=colour, lw=1.5, marker="o", ms=3, label=arm)
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
     axes.axhline(0, color="0.4", lw=1, ls="--", label=baseline)
-    axes.set(xlabel="optimiser step", ylabel="held-out error, difference (%)", title="Paired mean, 95 % t-interval")
+    axes.set(xlabel=xlabel, ylabel="held-out error, difference (%)", title="Paired mean, 95 % t-interval")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     return figure

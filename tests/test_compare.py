@@ -52,11 +52,12 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     result = json.loads((out / "comparison.json").read_text())
     assert result["steps"] == [0, 2, 4] and set(result["arms"]) == {"adaln", "band_gate"}
     # The numbers are the runs', paired by seed.
-    loss = {}
+    loss, cleanest = {}, {}
     for arm in ("adaln", "band_gate"):
         for seed in (0, 1):
             lines = (out / "runs" / f"{arm}_seed{seed}" / "validation.jsonl").read_text().splitlines()
-            loss[arm, seed] = json.loads(lines[-1])["ema"]["loss"]
+            last = json.loads(lines[-1])["ema"]
+            loss[arm, seed], cleanest[arm, seed] = last["loss"], last["loss_by_timestep"][0]
     a, b = (np.array([loss[arm, seed] for seed in (0, 1)]) for arm in ("band_gate", "adaln"))
     expected = paired_difference(100 * a / b.mean(), 100 * b / b.mean())
     difference = result["arms"]["band_gate"]["difference_percent"]
@@ -74,7 +75,11 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     assert contrast["difference_percent"] == difference and contrast["metrics_difference"][name]["num_pairs"] == 2
     printed = capsys.readouterr().out
     assert "| band_gate | " in printed and "baseline" in (out / "comparison.md").read_text()
-    for name in ("curves.png", "forest.png"):
+    assert result["timesteps"][0] == 50 and len(contrast["difference_percent_by_timestep"]) == 10
+    a, b = (np.array([cleanest[arm, seed] for seed in (0, 1)]) for arm in ("band_gate", "adaln"))
+    expected = 100 * (a - b).mean() / b.mean()
+    assert contrast["difference_percent_by_timestep"][0]["mean"] == pytest.approx(expected) and expected != 0
+    for name in ("curves.png", "timesteps.png", "forest.png"):
         assert (out / name).stat().st_size > 1000
 
     # A second call trains nothing.

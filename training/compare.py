@@ -8,7 +8,8 @@ then chosen to bring it to the baseline's number of parameters (`match_by: flops
 `--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the order of the data, noise, timesteps
 and dropped labels of all arms alike, and all are validated on the same noisy images: differences are paired. With
 `evaluation` (options of training/evaluation.py) each trained model is sampled from the same noise and its images are
-measured too. Written: `comparison.json` (all numbers), `comparison.md` (the tables), `curves.png`, `forest.png`.
+measured too. Written: `comparison.json` (all numbers), `comparison.md` (the tables), `curves.png` (by training step),
+`timesteps.png` (by noise level), `forest.png` (by frequency).
 """
 
 import argparse

@@ -18,7 +18,8 @@ from freqgate_dit.summary import read_summary
 def read_run(folder: Path, weights: str, evaluated: bool) -> dict:
     """What a run measured; with images if it was `evaluated`.
 
-    Returns: "steps", "loss" `(S,)`, "bands", "loss_by_band" `(S, bands)`, "images_per_second", and "metrics", name ->
+    Returns: "steps", "loss" `(S,)`, "bands", "loss_by_band" `(S, bands)`, "loss_by_timestep" `(S, bins)` from clean to
+    noise, "num_train_timesteps", "images_per_second", and "metrics", name ->
     value, of the images of the trained model.
     """
     records = read_json_lines(folder / "validation.jsonl")
@@ -32,6 +33,8 @@ def read_run(folder: Path, weights: str, evaluated: bool) -> dict:
         "loss": [values["loss"] for values in measured],
         "bands": measured[0]["bands"],
         "loss_by_band": [values["loss_by_band"] for values in measured],
+        "loss_by_timestep": [values["loss_by_timestep"] for values in measured],
+        "num_train_timesteps": measured[0]["num_train_timesteps"],
         "images_per_second": float(np.median(speeds or [np.nan])),
         "metrics": {metric["name"]: metric["value"] for metric in metrics},
     }
@@ -60,15 +63,17 @@ class Measured:
         return np.array([self.runs[arm, seed]["metrics"][name] for seed in self.seeds])
 
     def difference(self, arm: str, other: str) -> dict:
-        """Of `arm` to `other`, in percent: at the end, by step, by band at the end, and of the images."""
+        """Of `arm` to `other`, in percent: at the end, by step, by band and timestep at the end, and of the images."""
         loss, base = self.of(arm, "loss"), self.of(other, "loss")
         by_band, base_by_band = self.of(arm, "loss_by_band")[:, -1], self.of(other, "loss_by_band")[:, -1]
+        by_time, base_by_time = self.of(arm, "loss_by_timestep")[:, -1], self.of(other, "loss_by_timestep")[:, -1]
         return {
             "difference_percent": relative_difference(loss[:, -1], base[:, -1]),
             "difference_percent_by_step": [relative_difference(*pair) for pair in zip(loss.T, base.T)],
             "difference_percent_by_band": {
                 band: relative_difference(*pair) for band, *pair in zip(self.bands, by_band.T, base_by_band.T)
             },
+            "difference_percent_by_timestep": [relative_difference(*pair) for pair in zip(by_time.T, base_by_time.T)],
             "metrics_difference": {
                 name: asdict(paired_difference(self.metric(arm, name), self.metric(other, name)))
                 for name in self.metrics
@@ -105,7 +110,10 @@ def summarise(comparison, folders: dict[tuple[str, int], Path]) -> dict:
     for contrast, p in zip(contrasts, holm([one["difference_percent"]["p_two_sided"] for one in contrasts])):
         contrast["p_holm"] = p
     versions = {"freqgate_dit": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    first = measured.runs[comparison.baseline, measured.seeds[0]]
+    bins, length = len(first["loss_by_timestep"][0]), first["num_train_timesteps"]
     found = {"seeds": measured.seeds, "steps": measured.steps, "bands": measured.bands}
+    found["timesteps"] = [(index + 0.5) * length / bins for index in range(bins)]
     return {**asdict(comparison), **found, "arms": arms, "contrasts": contrasts, "versions": versions}
 
 
@@ -165,7 +173,7 @@ def markdown(result: dict) -> str:
 
 
 def write_report(result: dict, out: Path):
-    """`comparison.json`, `comparison.md`, `curves.png` and `forest.png` in `out`."""
+    """`comparison.json`, `comparison.md`, `curves.png`, `timesteps.png` and `forest.png` in `out`."""
     write_text(out / "comparison.json", json.dumps(result, indent=2) + "\n")
     text = markdown(result)
     write_text(out / "comparison.md", text)
@@ -175,12 +183,15 @@ def write_report(result: dict, out: Path):
         for one in result["contrasts"]
     }
     zero = f"{baseline}, or the arm named" if any(" against " in name for name in named) else baseline
-    plots.difference_curves(
-        result["steps"], {name: one["difference_percent_by_step"] for name, one in named.items()}, zero
-    ).savefig(out / "curves.png")
+    for file, x, label, key in (
+        ("curves.png", result["steps"], "optimiser step", "difference_percent_by_step"),
+        ("timesteps.png", result["timesteps"], "timestep (0 clean, T noise)", "difference_percent_by_timestep"),
+    ):
+        values = {name: one[key] for name, one in named.items()}
+        plots.difference_curves(x, values, zero, label).savefig(out / file)
     others = {name: arm for name, arm in result["arms"].items() if name != baseline} | named
     rows = {
         name: {"all": one["difference_percent"], **one["difference_percent_by_band"]} for name, one in others.items()
     }
     plots.forest_plot(rows, zero).savefig(out / "forest.png")
-    print(f"\n{text}\nwrote comparison.json, comparison.md, curves.png and forest.png into {out}")
+    print(f"\n{text}\nwrote comparison.json, comparison.md, curves.png, timesteps.png and forest.png into {out}")
