@@ -10,13 +10,21 @@ t-intervals of the mean over seeds.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 from output import print_table, write_result
 
-from freqgate_dit.statistics import t_quantile
+from freqgate_dit.statistics import paired_difference
+
+
+TABLES = (
+    "gates/gates",
+    "gates/gains",
+    "interventions/dissociation",
+    "interventions/interventions",
+    "decisions/levels",
+    "order/arrival",
+)
 
 
 def read_table(report: Path, name: str) -> list[dict]:
@@ -26,14 +34,8 @@ def read_table(report: Path, name: str) -> list[dict]:
 
 def over_seeds(values: list[float]) -> dict:
     """Mean and 95 % t-interval over seeds; needs two."""
-    values = np.array(values)
-    half = t_quantile(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return {
-        "by_seed": values.tolist(),
-        "mean": values.mean(),
-        "low": values.mean() - half,
-        "high": values.mean() + half,
-    }
+    found = paired_difference(values, [0.0] * len(values))
+    return {"by_seed": values, "mean": found.mean, "low": found.low, "high": found.high}
 
 
 def collect(reports: list[Path]) -> dict:
@@ -70,16 +72,6 @@ def collect(reports: list[Path]) -> dict:
     return result
 
 
-TABLES = (
-    "gates/gates",
-    "gates/gains",
-    "interventions/dissociation",
-    "interventions/interventions",
-    "decisions/levels",
-    "order/arrival",
-)
-
-
 def text(values: dict, digits: int = 2) -> list[str]:
     by_seed = ", ".join(f"{value:+.{digits}f}" for value in values["by_seed"])
     return [by_seed, f"{values['mean']:+.{digits}f} [{values['low']:+.{digits}f}, {values['high']:+.{digits}f}]"]
@@ -87,12 +79,8 @@ def text(values: dict, digits: int = 2) -> list[str]:
 
 def print_findings(result: dict):
     if "gates" in result:
-        rows = {
-            name: [", ".join(f"{value:+.2f}" for value in row) for row in result["gates"]["correlation"]][
-                index : index + 1
-            ]
-            for index, name in enumerate(result["reports"])
-        }
+        by_report = zip(result["reports"], result["gates"]["correlation"])
+        rows = {name: [", ".join(f"{value:+.2f}" for value in blocks)] for name, blocks in by_report}
         print_table("Correlation of each block's mean gate with log-SNR", ["blocks"], rows, "report")
     rows = {}
     if "dissociation" in result:

@@ -212,6 +212,7 @@ def test_a_sampler_that_tells_no_prediction_leaves_the_order_out(tmp_path, capsy
         ([-2.0, -2.1, 1.0, 3.0], "from coarse to fine"),
         ([3.0, 1.0, -2.0], "from fine to coarse"),
         ([3.0, 1.0, 2.0], "not in the order"),
+        ([float("nan")] * 3, "not to be told"),
     ],
 )
 def test_the_order_is_read_from_the_levels(arrival, said):

@@ -34,7 +34,7 @@ from freqgate_dit.training.checkpoints import checkpoint_folders
 from freqgate_dit.training.config import TrainingRun, parse_config
 from freqgate_dit.training.evaluation import check_arguments, make_parser
 from freqgate_dit.training.generation import weights_digest
-from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest
+from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest, size_cells
 from freqgate_dit.training.paired import summarise, write_report
 from freqgate_dit.training.report_page import digest
 
@@ -157,15 +157,7 @@ def matched(comparison: Comparison, sizes: ModelSizes) -> Comparison:
 
 def sizes_table(comparison: Comparison, sizes: ModelSizes) -> str:
     counts = {arm: sizes(comparison.config(arm)) for arm in comparison.arms}
-    base = counts[comparison.baseline]
-    rows = [
-        (
-            arm,
-            f"{count['parameters'] / 1e6:.3f} M ({count['parameters'] / base['parameters']:.2f})",
-            f"{count['flops'] / 1e9:.3f} ({count['flops'] / base['flops']:.2f})",
-        )
-        for arm, count in counts.items()
-    ]
+    rows = [(arm, *size_cells(count, counts[comparison.baseline])) for arm, count in counts.items()]
     return table(rows, ("arm", "parameters", "GFLOPs"))
 
 

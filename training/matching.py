@@ -37,6 +37,14 @@ class ModelSizes:
         return {name: count(model) for name, count in COUNTS.items()}
 
 
+def size_cells(counts: dict, baseline: dict) -> tuple[str, str]:
+    """Parameters and FLOPs for a table, and their ratios to the baseline's."""
+    return (
+        f"{counts['parameters'] / 1e6:.2f} M ({counts['parameters'] / baseline['parameters']:.2f})",
+        f"{counts['flops'] / 1e9:.3f} ({counts['flops'] / baseline['flops']:.2f})",
+    )
+
+
 def nearest(count: Callable[[int], int], target: int) -> int:
     """The `n` from 1 on whose `count(n)`, which grows with `n`, comes nearest to `target`.
 

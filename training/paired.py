@@ -13,14 +13,14 @@ from freqgate_dit.files import read_json, read_json_lines, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.statistics import holm, paired_difference
 from freqgate_dit.summary import read_summary
+from freqgate_dit.training.matching import size_cells
 
 
 def read_run(folder: Path, weights: str, evaluated: bool) -> dict:
     """What a run measured; with images if it was `evaluated`.
 
     Returns: "steps", "loss" `(S,)`, "bands", "loss_by_band" `(S, bands)`, "loss_by_timestep" `(S, bins)` from clean to
-    noise, "num_train_timesteps", "images_per_second", and "metrics", name ->
-    value, of the images of the trained model.
+    noise, "num_train_timesteps", "images_per_second", and "metrics", name -> value, of the trained model's images.
     """
     records = read_json_lines(folder / "validation.jsonl")
     measured = [record.get(weights) or record["raw"] for record in records]
@@ -132,8 +132,7 @@ def _arms_table(result: dict) -> str:
         is_baseline = name == result["baseline"]
         row = [
             name,
-            f"{arm['parameters'] / 1e6:.2f} M ({arm['parameters'] / baseline['parameters']:.2f})",
-            f"{arm['flops'] / 1e9:.3f} ({arm['flops'] / baseline['flops']:.2f})",
+            *size_cells(arm, baseline),
             f"{arm['images_per_second']:.0f}",
             f"{arm['loss_mean']:.5f} ± {arm['loss_std']:.5f}",
             "baseline" if is_baseline else _interval(arm["difference_percent"]),
@@ -165,8 +164,7 @@ def markdown(result: dict) -> str:
         f"{_arms_table(result)}\n\nHeld-out error after {result['steps'][-1]} steps, {result['weights']} weights, "
         f"mean ± standard deviation over {seeds} seeds. Differences in percent of the baseline's error, with 95 % "
         f"t-intervals of the paired mean.\n\n{_contrasts_table(result)}\n\nWhat the comparison was made for, in "
-        f"percent of the "
-        "error of the second arm, by spatial frequency too; p by all sign flips, two-sided, at best "
+        "percent of the error of the second arm, by spatial frequency too; p by all sign flips, two-sided, at best "
         f"{2.0 ** (1 - seeds):.3f} with {seeds} seeds, and adjusted for the number of rows (Holm). A negative "
         "difference in held-out error is a better denoiser, and says nothing yet about images.\n"
     )

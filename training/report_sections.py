@@ -164,14 +164,19 @@ def trace_section(subject: Subject) -> Section:
     mean, data, source = subject.data_spectrum or (None, None, None)
     spaces = ["latent"] if subject.pipe.vae is None else ["latent", "pixel"]
     section = Section("The order of denoising", [], shown=("arrival",))
-    for space in spaces:
-        trace = DenoisingTrace(space, mean=mean if space == "latent" else None)
-        count = min(subject.num_images, subject.batch_size)
-        watched = {"callback_on_step_end": trace, "callback_on_step_end_tensor_inputs": trace.tensor_inputs}
-        try:
-            subject.pipe(**subject.given(range(count)), **subject.options(output_type="latent"), **watched)
-        except NoPredictionError as error:
-            return Section(section.title, [f"Left out: {error}"])
+    traces = {space: DenoisingTrace(space, mean=mean if space == "latent" else None) for space in spaces}
+
+    def watch(*step):
+        for trace in traces.values():
+            trace(*step)
+
+    count = min(subject.num_images, subject.batch_size)
+    watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": DenoisingTrace.tensor_inputs}
+    try:
+        subject.pipe(**subject.given(range(count)), **subject.options(output_type="latent"), **watched)
+    except NoPredictionError as error:
+        return Section(section.title, [f"Left out: {error}"])
+    for space, trace in traces.items():
         power = trace.predicted_power.mean((1, 2)).numpy()
         of_data = data.numpy() if data is not None and space == "latent" else None
         name = "trace" if len(spaces) == 1 else f"trace_of_{space}s"
@@ -217,7 +222,9 @@ def trace_section(subject: Subject) -> Section:
 
 def _read_arrival(space: str, bands: list[str], arrival: list[float], count: int) -> str:
     finite = np.array([level for level in arrival if np.isfinite(level)])
-    if np.ptp(finite) < SAME_LEVEL:
+    if not len(finite):
+        order = "not to be told"
+    elif np.ptp(finite) < SAME_LEVEL:
         order = "all at about the same level"
     elif (np.diff(finite) > -SAME_LEVEL).all() and finite[-1] - finite[0] > SAME_LEVEL:
         order = "from coarse to fine"
@@ -261,11 +268,10 @@ def gate_section(subject: Subject) -> Section:
         ]
         reading = (
             f"From noise to clean, the mean gates of the blocks rise (+) or fall (-): {signs}. A channel's gate "
-            f"moves by "
-            f"{mean['range']:.2f} on average, and the channels of a block agree on a direction by "
-            f"{mean['agreement']:.2f} "
-            "(0: as many rise as fall, 1: all one way). Exchanging Low and High while negating the gate is the same "
-            "function, so a direction is no evidence of coarse-to-fine; the interventions below are."
+            f"moves by {mean['range']:.2f} on average, and the channels of a block agree on a direction by "
+            f"{mean['agreement']:.2f} (0: as many rise as fall, 1: all one way). Exchanging Low and High while "
+            "negating the gate is the same function, so a direction is no evidence of coarse-to-fine; the "
+            "interventions below are."
         )
         figures = {"gate": plots.gate_curves(timesteps, gates)}
         return Section(title, [reading], figures, {"gates": statistics, "gate_means": rows}, ("gates",))
@@ -294,8 +300,7 @@ def gate_section(subject: Subject) -> Section:
             f"Under the null condition and in noise the low band's gain exceeds the high band's by "
             f"{mean['low_over_high_dB_in_noise']:+.1f} dB on average, in clean images by "
             f"{mean['low_over_high_dB_clean']:+.1f} dB; in {falling:.0%} of the gated branches the low band gives "
-            f"way to "
-            f"the high one as noise falls. {meaning}"
+            f"way to the high one as noise falls. {meaning}"
         )
         figures = {"band_gains": plots.band_gain_curves(timesteps, low, high)}
         return Section(title, [reading], figures, {"gains": rows}, ("gains",))
