@@ -12,7 +12,7 @@ from test_decisions import ROWS, deciding_pipeline, read
 from freqgate_dit.analysis import gate_statistics
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.statistics import Bootstrap
-from freqgate_dit.training import factor_classifier, report_sections
+from freqgate_dit.training import factor_classifier, information, report_sections
 from freqgate_dit.training.analyze import main
 from freqgate_dit.training.report_page import Section, keep_section, render_page
 from freqgate_dit.training.report_sections import Subject, decision_section, dissociation, intervention_section
@@ -34,8 +34,11 @@ def built_in_pipeline(folder, variant="freq_gate", **options):
 
 @pytest.fixture
 def quick_classifier(monkeypatch):
-    """The real classifier, of one batch."""
+    """The real classifiers, of one batch."""
     monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
+    monkeypatch.setattr(information, "TEST_IMAGES", 32)
+    inform = report_sections.factor_information
+    monkeypatch.setattr(report_sections, "factor_information", lambda *a: inform(*a, num_images=128, num_levels=3))
     train = report_sections.train_factor_classifier
     monkeypatch.setattr(report_sections, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
 
@@ -46,10 +49,16 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
     main(words)
     page = (out / "report.html").read_text()
     printed = capsys.readouterr()
-    for title in ("The order of denoising", "The gates", "Interventions", "When structure and texture are decided"):
-        assert f"<h2>{title}</h2>" in page and title in printed.out
+    for title in (
+        "The order of denoising",
+        "The gates",
+        "Interventions",
+        "What the condition can",
+        "When structure and texture are decided",
+    ):
+        assert f"<h2>{title}" in page and title in printed.out
     # Self-contained: figures inside, nothing fetched, no path of this machine.
-    assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 4
+    assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 5
     assert not re.search(r"(src|href)=\"(?!data:)", page) and str(tmp_path) not in page
     # Tables, both ways the same.
     for name in ("order/trace", "gates/gates", "interventions/interventions"):
@@ -68,7 +77,7 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
     # Nothing changed: nothing is measured. Another seed: all of it. A section alone: the others stay as files.
     before = (out / "sections/order/section.json").stat().st_mtime_ns
     main(words)
-    assert capsys.readouterr().out.count("unchanged, kept") == 4
+    assert capsys.readouterr().out.count("unchanged, kept") == 5
     assert (out / "sections/order/section.json").stat().st_mtime_ns == before
     main([*words, "--sections", "order", "--seed", "1"])
     assert "order: measured" in capsys.readouterr().out
@@ -202,7 +211,7 @@ def test_a_sampler_that_tells_no_prediction_leaves_the_order_out(tmp_path, capsy
     main(words)
     assert "Left out: DPMSolverMultistepScheduler tells no predicted clean image" in capsys.readouterr().out
     main(words)
-    assert capsys.readouterr().out.count("unchanged, kept") == 4
+    assert capsys.readouterr().out.count("unchanged, kept") == 5
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@
 
 Writes `report.html`, with all figures inside, and under `--out`/sections the figures as PNG and the tables as JSON and
 parquet. Sections: the order in which octaves are made; the gates over time; interventions (a label in one path alone,
-another gate), from the same noise; and, for models of the built-in data, the noise levels at which structure and
-texture are decided. What has not changed since the last call is not measured again.
+another gate), from the same noise; and, for models of the built-in data, what the label can say at which noise level,
+and at which structure and texture are decided. What has not changed since the last call is not measured again.
 """
 
 import argparse

@@ -7,6 +7,7 @@ Example:
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -90,10 +91,10 @@ def train_factor_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = FactorClassifier()
-        _fit(classifier, data, progress)
+        fit_factor_classifier(classifier, data, progress)
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
     structures, textures = _factors(test.labels(range(len(test))))
-    accuracy = factor_accuracy(classifier, _scaled(test.images(range(len(test)))), structures, textures)
+    accuracy = factor_accuracy(classifier, scaled(test.images(range(len(test)))), structures, textures)
     if progress:
         print(f"held out: structure {accuracy['structure']:.4f}, texture {accuracy['texture']:.4f}", flush=True)
     return classifier, accuracy
@@ -139,7 +140,18 @@ def _convolution(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn
     )
 
 
-def _fit(classifier: FactorClassifier, data: ShapesTextures, progress: bool) -> None:
+def fit_factor_classifier(
+    classifier: FactorClassifier,
+    data: ShapesTextures,
+    progress: bool,
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Train in one pass over `data`, with the global random state; leaves the classifier in evaluation mode.
+
+    Args:
+        augment: of images `(B, 3, H, W)` in [-1, 1]; by default some blur and noise, as half-trained models make them.
+    """
+    augment = augment or _augmented
     steps = len(data) // BATCH_SIZE
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.15)
@@ -147,7 +159,7 @@ def _fit(classifier: FactorClassifier, data: ShapesTextures, progress: bool) -> 
     for step in range(steps):
         batch = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         structures, textures = _factors(data.labels(batch))
-        images = _augmented(_scaled(data.images(batch)))
+        images = augment(scaled(data.images(batch)))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
             structure_logits, texture_logits = classifier(images)
             loss = F.cross_entropy(structure_logits, structures) + F.cross_entropy(texture_logits, textures)
@@ -168,7 +180,8 @@ def _augmented(images: torch.Tensor) -> torch.Tensor:
     return images + 0.15 * torch.rand(shape) * torch.randn_like(images)
 
 
-def _scaled(images: torch.Tensor) -> torch.Tensor:
+def scaled(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as floats in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 

@@ -22,9 +22,10 @@ from freqgate_dit.statistics import bootstrap
 from freqgate_dit.traces import DenoisingTrace, NoPredictionError, log_snr, noised_power
 from freqgate_dit.training.decisions import FACTORS, KINDS, PREDICTED, factors, swap_labels
 from freqgate_dit.training.factor_classifier import train_factor_classifier
+from freqgate_dit.training.information import factor_information, half_level
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.report_page import Section
-from freqgate_dit.training.validation import Validation
+from freqgate_dit.training.validation import Validation, ValidationResult
 
 
 LEAST_SHOWN = 0.5
@@ -433,18 +434,25 @@ def dissociation(correct: dict[str, dict[str, np.ndarray]], num_resamples: int =
 @torch.no_grad()
 def validation_loss(subject: Subject) -> float:
     """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too."""
+    return validate(subject).loss
+
+
+def validate(subject: Subject, num_bins: int = 10, with_null: bool = False) -> ValidationResult:
+    """The trainer's validation, on 512 images of the model's world; without the condition too where asked."""
     pipe, device = subject.pipe, subject.pipe.device
     config = pipe.scheduler.config
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     scheduler = DDPMScheduler(**{name: config[name] for name in names})
     images, labels = subject.held_out
-    validation = Validation(CachedLatents(images[:, None], None, labels), scheduler, len(images), 128)
+    null_label = pipe.num_classes if with_null else None
+    data = CachedLatents(images[:, None], None, labels)
+    validation = Validation(data, scheduler, len(images), 128, null_label=null_label, num_bins=num_bins)
 
     def denoise(noisy, timesteps, labels):
         inputs = noisy.to(device, pipe.transformer.dtype), timesteps.to(device)
         return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
 
-    return validation.summarise(validation(denoise)).to_json()["loss"]
+    return validation.summarise(validation(denoise))
 
 
 def hybrid_figure(subject: Subject, count: int = 6):
@@ -555,9 +563,92 @@ def _read_swap(subject: Subject, levels: dict, difference) -> list[str]:
     ]
 
 
+# -- information ------------------------------------------------------------------------------------------------------
+
+
+def information_section(subject: Subject) -> Section:
+    """At which noise level the condition can say anything, and whether the model's use of it is plausible."""
+    title = "What the condition can say, and when"
+    if subject.world is None:
+        reading = (
+            "Left out: held-out images of the training data are needed, and only the built-in data can be made anew."
+        )
+        return Section(title, [reading])
+    section = Section(title, [])
+    curve, factor_curves, half = None, {}, {}
+    if subject.has_null_condition:
+        result = validate(subject, num_bins=20, with_null=True)
+        curve = information_density(result, subject.alphas_cumprod)
+        section.tables["information_of_the_model"] = curve
+        section.tables["ceiling"] = [
+            {"nats": result.information, "standard_error": result.information_se, "entropy": result.label_entropy}
+        ]
+        section.shown += ("ceiling",)
+        section.reading.append(_read_ceiling(result))
+    if subject.pipe.vae is None:
+        levels, factor_curves = factor_information(subject.world, subject.image_size)
+        half = {name: half_level(levels, nats) for name, nats in factor_curves.items()}
+        section.tables["information_of_the_data"] = [
+            {"log_snr": float(level), **{name: float(nats[i]) for name, nats in factor_curves.items()}}
+            for i, level in enumerate(levels)
+        ]
+        section.tables["half"] = [{**half, "difference": half["texture"] - half["structure"]}]
+        section.shown += ("half",)
+        section.reading.append(
+            "Of the data alone, whatever the model: half of what a classifier of noisy images can know of the "
+            f"structure is there at a log-SNR of {half['structure']:+.2f}, of the texture at {half['texture']:+.2f}. "
+            "A label exchanged well above that level comes too late for an ideal denoiser, so the levels of the last "
+            "section should lie in this order."
+        )
+    if curve or factor_curves:
+        section.figures["information"] = plots.information_figure(
+            curve, (levels, factor_curves, half) if factor_curves else None
+        )
+    return section
+
+
+def information_density(result: ValidationResult, alphas_cumprod: torch.Tensor) -> list[dict]:
+    """Information about the label that a model's predictions use, in nats per nat of log-SNR, by span of timesteps.
+
+    Returns:
+        per span, from clean to noise: its middle "log_snr", "density", and its part in each octave.
+    """
+    bins = len(result.num_images)
+    limits = torch.linspace(0, len(alphas_cumprod) - 1, bins + 1).double()
+    levels = log_snr(alphas_cumprod, limits).clamp(-20, 20)  # a zero terminal SNR is not finite
+    widths = levels[:-1] - levels[1:]
+    table = result.information_table / widths[:, None]
+    return [
+        {
+            "log_snr": float(levels[i] + levels[i + 1]) / 2,
+            "density": float(row.sum()),
+            **{f"{band} cycles": float(value) for band, value in zip(result.bands, row, strict=True)},
+        }
+        for i, row in enumerate(table)
+    ]
+
+
+def _read_ceiling(result: ValidationResult) -> str:
+    nats, error, entropy = result.information, 2 * result.information_se, result.label_entropy
+    if nats - error > entropy:
+        verdict = (
+            "More than there is to know: without the label it predicts worse than it could, or uses the label in "
+            "place of what the noisy image shows. So the shape of its curve is no evidence of when the label matters"
+        )
+    elif nats + error < 0:
+        verdict = "Less than nothing: with the label it predicts worse than without"
+    else:
+        verdict = "That is possible for an ideal denoiser, so the shape of its curve can be read"
+    return (
+        f"The model's predictions with the label are better than without by as much as {nats:.2f} +- {error:.2f} nats "
+        f"(two standard errors, 512 images) of information would allow; the labels have {entropy:.2f}. {verdict}."
+    )
+
+
 SECTIONS = {
     "order": trace_section,
     "gates": gate_section,
     "interventions": intervention_section,
+    "information": information_section,
     "decisions": decision_section,
 }

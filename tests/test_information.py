@@ -1,0 +1,78 @@
+"""When noisy images tell of a factor, and what a model's predictions use of its label."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from components import make_pipeline, tiny_transformer
+
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
+from freqgate_dit.traces import log_snr
+from freqgate_dit.training import information
+from freqgate_dit.training.information import factor_information, half_level, noised
+from freqgate_dit.training.report_sections import Subject, information_density, information_section, validate
+
+
+def test_noised_images_have_the_level():
+    torch.manual_seed(0)
+    levels = torch.tensor([-3.0, 0.0, 3.0]).repeat_interleave(2000)
+    images = torch.full((6000, 3, 4, 4), 2.0)
+    for level, noisy in zip((-3.0, 0.0, 3.0), noised(images, levels).split(2000)):
+        alpha = 1 / (1 + math.exp(-level))
+        assert noisy.mean() == pytest.approx(2 * math.sqrt(alpha), abs=0.02)
+        assert noisy.var() == pytest.approx(1 - alpha, rel=0.03)
+
+
+def test_the_level_of_half_the_information():
+    levels = np.linspace(-4, 4, 9)
+    assert half_level(levels, np.where(levels < 0, 0.0, 2.0)) == pytest.approx(-0.5)
+    assert half_level(levels, np.linspace(0, 2, 9)) == pytest.approx(0)
+    assert math.isnan(half_level(levels, np.full(9, 0.01)))  # nothing is known at any level
+    assert half_level(levels, np.full(9, 2.0)) == -4
+
+
+def test_what_a_factor_has_is_known_of_clear_images_and_nothing_of_noise(monkeypatch):
+    monkeypatch.setattr(information, "TEST_IMAGES", 256)
+    monkeypatch.setattr(information, "LOG_SNR_RANGE", (5.0, 9.0))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    levels, nats = factor_information("add", 32, num_images=2560, num_levels=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert levels.tolist() == [5, 7, 9] and all(values.max() <= math.log(8) for values in nats.values())
+    assert nats["structure"][-1] > 0.7
+    monkeypatch.setattr(information, "LOG_SNR_RANGE", (-30.0, -20.0))
+    _, nats = factor_information("add", 32, num_images=256, num_levels=3)
+    assert all(values.max() < 0.1 for values in nats.values())
+
+
+class TestDensity:
+    @pytest.fixture
+    def subject(self):
+        classes = len(STRUCTURES) * len(TEXTURES)
+        transformer = tiny_transformer("adaln_zero", num_classes=classes, in_channels=3, sample_size=32, patch_size=8)
+        with torch.no_grad():
+            transformer.proj_out.weight.normal_(std=0.5)
+        return Subject(make_pipeline(transformer), "mod")
+
+    def test_its_integral_is_the_information(self, subject):
+        result = validate(subject, num_bins=5, with_null=True)
+        rows = information_density(result, subject.alphas_cumprod)
+        limits = log_snr(subject.alphas_cumprod, torch.linspace(0, 999, 6))
+        widths = (limits[:-1] - limits[1:]).tolist()
+        total = sum(row["density"] * width for row, width in zip(rows, widths))
+        assert result.information != 0 and total == pytest.approx(result.information)
+        for row in rows:
+            bands = sum(value for name, value in row.items() if name.endswith("cycles"))
+            assert bands == pytest.approx(row["density"])
+
+    def test_the_ceiling_is_what_the_labels_have(self, subject, monkeypatch):
+        monkeypatch.setattr(information, "TEST_IMAGES", 32)
+        monkeypatch.setattr(factor_information, "__defaults__", (128, 4, 0))
+        section = information_section(subject)
+        [ceiling] = section.tables["ceiling"]
+        assert ceiling["entropy"] == pytest.approx(math.log(64), abs=0.1)
+        assert ("possible for an ideal denoiser" in section.reading[0]) == (
+            abs(ceiling["nats"] - ceiling["entropy"] / 2) <= ceiling["entropy"] / 2 + 2 * ceiling["standard_error"]
+        )
+        assert set(section.figures) == {"information"} and len(section.tables["information_of_the_data"]) == 4
