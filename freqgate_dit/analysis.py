@@ -8,6 +8,7 @@ from freqgate_dit.transformer_freqgate_dit import (
     BandGateDiTTransformer2DModel,
     ConditionedDiTTransformer2DModel,
     FreqGateDiTTransformer2DModel,
+    radial_ring,
 )
 
 
@@ -28,7 +29,7 @@ def gate_table(
     return timesteps.numpy(), gates.float().cpu().numpy()
 
 
-def gate_statistics(gates: np.ndarray, log_snr: np.ndarray) -> list[dict]:
+def gate_statistics(gates: np.ndarray, log_snr: np.ndarray, wiener: np.ndarray | None = None) -> list[dict]:
     """What can be said of the gates of each block, by numbers that do not know which path is called Low.
 
     The same function with its two paths exchanged has gate 1 - g: rising channels fall, and the direction means
@@ -37,11 +38,14 @@ def gate_statistics(gates: np.ndarray, log_snr: np.ndarray) -> list[dict]:
     Args:
         gates: `(T, blocks, channels)`, from `gate_table`.
         log_snr: `(T,)`.
+        wiener: `(T,)` Wiener gain of the data at the same levels, see `wiener_gain`, to compare the mean gate with.
 
     Returns:
         per block "correlation" of the mean gate with the log-SNR, in [-1, 1], of which only the size is invariant;
         "rising", the share of channels that rise with it; "agreement" `|2 rising - 1|`; "range", the mean over
-        channels of largest minus smallest gate.
+        channels of largest minus smallest gate; and with `wiener` the
+        "wiener_correlation" and "wiener_slope" of the mean gate over it. A gate that is the Wiener gain has 1 and 1,
+        with its paths exchanged -1 and -1.
     """
     rows = []
     for block in range(gates.shape[1]):
@@ -52,8 +56,17 @@ def gate_statistics(gates: np.ndarray, log_snr: np.ndarray) -> list[dict]:
         correlation = float(np.corrcoef(mean, log_snr)[0, 1]) if mean.std() > 0 else 0.0
         spread = float((channels.max(0) - channels.min(0)).mean())
         values = {"correlation": correlation, "rising": rising, "agreement": abs(2 * rising - 1), "range": spread}
+        if wiener is not None:
+            moment = np.mean((wiener - wiener.mean()) * mean)
+            values["wiener_correlation"] = float(moment / (wiener.std() * mean.std())) if mean.std() > 0 else 0.0
+            values["wiener_slope"] = float(moment / wiener.var())
         rows.append({"block": block, **values})
     return rows
+
+
+def wiener_gain(power: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
+    """Share of the signal in noisy data, `sigmoid(l + ln S)`, its mean over octaves: `(T,)` from power `(bands,)`."""
+    return (1 / (1 + np.exp(-log_snr[:, None]) / power)).mean(1)
 
 
 @torch.no_grad()
@@ -88,6 +101,46 @@ def band_gain_table(
         low.append(torch.stack([gain if excess is None else gain + excess for gain, excess in gains], dim=1))
     low, high = (torch.stack(gains, dim=1).square().mean(-1).sqrt().numpy() for gains in (low, high))
     return timesteps.numpy(), low, high
+
+
+@torch.no_grad()
+def spectral_gate_table(
+    transformer: ConditionedDiTTransformer2DModel, num_levels: int = 61
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+    """The learned spectral gate of a model with `preconditioning="learned"`, beside the Wiener gate it started from.
+
+    Returns:
+        log-SNR `(L,)` from -10 to 8; gain of the learned and of the Wiener gate `(L, rings)` each, mean over channels
+        and coefficients; and per channel and ring "slope" (1 + alpha; Wiener's is 1), "offset" c, and
+        "half_open_shift": by how much later (in log-SNR) than Wiener's the gate is half open, at the ring's
+        geometric mean power, NaN for a slope of 0.
+
+    Raises:
+        ValueError: for a model without a learned spectral gate.
+    """
+    gate = transformer.preconditioner
+    if gate is None or gate.kind != "learned":
+        raise ValueError(
+            f"`transformer` has the preconditioning {transformer.config.preconditioning!r}; only 'learned' has a gate "
+            "that training changes."
+        )
+    power = transformer.spectrum.power.float()
+    ring = radial_ring(*power.shape[-2:], power.device)
+    rings = range(gate.slope.shape[1])
+    levels = torch.linspace(-10, 8, num_levels, device=power.device)
+    logits = gate.gate_logit(levels.view(-1, 1, 1, 1), power), levels.view(-1, 1, 1, 1) + power.log()
+    learned, wiener = (
+        torch.stack([logit.sigmoid()[..., ring == index].mean((1, 2)) for index in rings], dim=1) for logit in logits
+    )
+    rows = []
+    for channel in range(len(power)):
+        for index in rings:
+            slope, offset = 1 + float(gate.slope[channel, index]), float(gate.offset[channel, index])
+            log_power = float(power[channel][ring == index].log().mean())
+            shift = log_power - (log_power + offset) / slope if slope else float("nan")
+            values = {"slope": slope, "offset": offset, "half_open_shift": shift}
+            rows.append({"channel": channel, "ring": index, **values})
+    return levels.cpu().numpy(), learned.cpu().numpy(), wiener.cpu().numpy(), rows
 
 
 def mechanism_figures(transformer: ConditionedDiTTransformer2DModel, num_train_timesteps: int) -> dict:

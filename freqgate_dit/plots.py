@@ -253,6 +253,27 @@ def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarr
     return figure
 
 
+def spectral_gate_curves(log_snr: Sequence[float], learned: np.ndarray, wiener: np.ndarray):
+    """A learned spectral gate (solid) beside the Wiener gate that it started from (dashed), per ring of frequency.
+
+    Args:
+        log_snr: `(L,)`, ascending.
+        learned, wiener: gains `(L, rings)` in [0, 1].
+    """
+    from matplotlib.cm import viridis
+
+    figure, axes = new_figure(6.5, 3.8)
+    rings = learned.shape[1]
+    for ring in range(rings):
+        colour = viridis(ring / max(1, rings - 1))
+        axes.plot(log_snr, learned[:, ring], color=colour, lw=1.6, label=f"{ring}")
+        axes.plot(log_snr, wiener[:, ring], color=colour, lw=1, ls="--")
+    axes.set(xlabel="log-SNR (left noise, right clean)", ylabel="gain", title="Learned gate (dashed: Wiener's)")
+    axes.legend(frameon=False, fontsize=7, ncols=2, title="ring, 0: lowest", title_fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def difference_curves(
     steps: Sequence[float], differences: dict[str, list[dict]], baseline: str, xlabel: str = "optimiser step"
 ):

@@ -204,6 +204,11 @@ def _without_autocast(device_type: str):
 NUM_RINGS = 8
 
 
+def radial_ring(height: int, width: int, device=None) -> torch.Tensor:
+    """Ring of every DCT coefficient `(H, W)`, int64 from 0 to `NUM_RINGS - 1`; the last one also has the corner."""
+    return (NUM_RINGS * radial_index(height, width, device)).long().clamp(max=NUM_RINGS - 1)
+
+
 class SpectralPreconditioner(nn.Module):
     """Input, skip and output of the network, gated per frequency by the Wiener gain G = sigmoid(l + ln S).
 
@@ -255,10 +260,7 @@ class SpectralPreconditioner(nn.Module):
 
         if self.kind == "scalar":
             power = power.mean().expand_as(power)
-        logit = log_snr + power.log()  # (B, C, H, W)
-        if self.kind == "learned":
-            ring = (NUM_RINGS * radial_index(*noisy.shape[-2:], noisy.device)).long().clamp(max=NUM_RINGS - 1)
-            logit = logit + self.slope.float()[:, ring] * log_snr + self.offset.float()[:, ring]
+        logit = self.gate_logit(log_snr, power)
         gain, rest = torch.sigmoid(logit), torch.sigmoid(-logit)
         z = dct2(noisy) - a * mean
         inputs, coefficients = noisy, None
@@ -275,6 +277,14 @@ class SpectralPreconditioner(nn.Module):
                 "v_prediction": (a * epsilon[0] - s * x0[0], a * epsilon[1] - s * x0[1]),
             }[self.prediction_type]
         return inputs, coefficients
+
+    def gate_logit(self, log_snr: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+        """Logit of the gain `(B, C, H, W)` at log-SNR `(B, 1, 1, 1)`, for power `(C, H, W)`."""
+        logit = log_snr + power.log()
+        if self.kind == "learned":
+            ring = radial_ring(*power.shape[-2:], power.device)
+            logit = logit + self.slope.float()[:, ring] * log_snr + self.offset.float()[:, ring]
+        return logit
 
 
 # ---------------------------------------------------------------------------------------------------------------------

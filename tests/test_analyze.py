@@ -6,10 +6,12 @@ import re
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from components import build_pipeline, make_pipeline, tiny_transformer, tiny_vae_tiny
+from diffusers import DDPMScheduler
 from test_decisions import ROWS, deciding_pipeline, read
 
-from freqgate_dit.analysis import gate_statistics
+from freqgate_dit.analysis import gate_statistics, spectral_gate_table, wiener_gain
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.statistics import Bootstrap
 from freqgate_dit.training import factor_classifier, information, report_sections
@@ -164,6 +166,48 @@ def test_gate_statistics_do_not_know_which_path_is_low():
     for name in ("agreement", "range"):
         assert row[name] == pytest.approx(mirrored[name])
     assert row["correlation"] == pytest.approx(-mirrored["correlation"])
+
+
+def test_a_gate_that_is_the_wiener_gain():
+    log_snr, power = np.linspace(-8, 8, 50), np.array([30.0, 3.0, 0.2])
+    gain = wiener_gain(power, log_snr)
+    expected = [np.mean([np.exp(level) * s / (np.exp(level) * s + 1) for s in power]) for level in log_snr]
+    assert gain == pytest.approx(expected)
+    follows, reversed_paths = (
+        gate_statistics(np.stack([gate] * 2, axis=-1)[:, None], log_snr, gain)[0] for gate in (gain, 1 - gain)
+    )
+    assert follows["wiener_correlation"] == pytest.approx(1) and follows["wiener_slope"] == pytest.approx(1)
+    assert reversed_paths["wiener_correlation"] == pytest.approx(-1)
+    assert reversed_paths["wiener_slope"] == pytest.approx(-1)
+
+
+def test_a_learned_spectral_gate_is_read():
+    transformer = tiny_transformer(
+        "adaln_zero", preconditioning="learned", prediction_type="epsilon", in_channels=3, sample_size=32
+    )
+    power = torch.full((3, 32, 32), 4.0)
+    transformer.set_spectrum(torch.zeros(3, 32, 32), power, DDPMScheduler().alphas_cumprod)
+    with torch.no_grad():
+        transformer.preconditioner.slope.zero_()
+        transformer.preconditioner.offset.zero_()
+    levels, learned, wiener, rows = spectral_gate_table(transformer)
+    assert np.array_equal(learned, wiener) and all(row["half_open_shift"] == 0 for row in rows)
+    assert wiener == pytest.approx(np.repeat(1 / (1 + np.exp(-levels) / 4)[:, None], 8, axis=1), abs=1e-6)
+
+    with torch.no_grad():
+        transformer.preconditioner.slope[:, 2] = 0.5
+        transformer.preconditioner.offset[:, 2] = -3.0
+    levels, learned, _, rows = spectral_gate_table(transformer)
+    moved = [row for row in rows if row["half_open_shift"] != 0]
+    assert {row["ring"] for row in moved} == {2} and len(moved) == 3
+    half = np.interp(0.5, learned[:, 2], levels)
+    assert moved[0]["half_open_shift"] == pytest.approx(half + np.log(4), abs=0.02) and moved[0]["slope"] == 1.5
+
+    section = report_sections.gate_section(Subject(make_pipeline(transformer), None))
+    assert "The learned spectral gate is half open later than the Wiener gate by" in section.reading[-1]
+    assert "spectral_gate" in section.figures
+    with pytest.raises(ValueError, match="preconditioning None; only 'learned'"):
+        spectral_gate_table(tiny_transformer("adaln_zero"))
 
 
 def test_a_section_is_made_anew_for_another_key(tmp_path):

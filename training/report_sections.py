@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
-from freqgate_dit.analysis import band_gain_table, gate_statistics, gate_table
+from freqgate_dit.analysis import band_gain_table, gate_statistics, gate_table, spectral_gate_table, wiener_gain
 from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
 from freqgate_dit.metrics import band_power
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
@@ -246,7 +246,26 @@ def _read_arrival(space: str, bands: list[str], arrival: list[float], count: int
 
 
 def gate_section(subject: Subject) -> Section:
-    """What the gates are, over time."""
+    """What the gates are, over time; of the conditioning, and of the preconditioning where that is learned."""
+    section = block_gate_section(subject)
+    preconditioner = subject.pipe.transformer.preconditioner
+    if preconditioner is not None and preconditioner.kind == "learned":
+        levels, learned, wiener, rows = spectral_gate_table(subject.pipe.transformer)
+        section.figures["spectral_gate"] = plots.spectral_gate_curves(levels, learned, wiener)
+        section.tables["spectral_gate"] = rows
+        shifts = np.array([row["half_open_shift"] for row in rows])
+        slopes = np.array([row["slope"] for row in rows])
+        section.reading.append(
+            "The learned spectral gate is half open later than the Wiener gate by "
+            f"{np.nanmean(shifts):+.2f} nats of log-SNR on average over rings and channels (from "
+            f"{np.nanmin(shifts):+.2f} to {np.nanmax(shifts):+.2f}), with a slope of {slopes.mean():.2f} (Wiener's is "
+            "1). Unlike a gate of the blocks it is tied to its frequencies. For Gaussian data it would not move."
+        )
+    return section
+
+
+def block_gate_section(subject: Subject) -> Section:
+    """The gates of the blocks."""
     title = "The gates"
     transformer = subject.pipe.transformer
     kinds = transformer.block_class.inspectable
@@ -254,7 +273,8 @@ def gate_section(subject: Subject) -> Section:
     if "gate" in kinds:
         timesteps, gates = gate_table(transformer, train_steps)
         levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
-        statistics = gate_statistics(gates, levels)
+        known = subject.data_spectrum
+        statistics = gate_statistics(gates, levels, wiener_gain(known[1].numpy(), levels) if known else None)
         signs = "".join("+" if row["correlation"] > 0 else "-" for row in statistics)
         mean = {name: np.mean([row[name] for row in statistics]) for name in ("agreement", "range")}
         rows = [
@@ -274,6 +294,14 @@ def gate_section(subject: Subject) -> Section:
             "negating the gate is the same function, so a direction is no evidence of coarse-to-fine; the "
             "interventions below are."
         )
+        if known:
+            correlations = ", ".join(f"{row['wiener_correlation']:+.2f}" for row in statistics)
+            slopes = ", ".join(f"{row['wiener_slope']:+.2f}" for row in statistics)
+            reading += (
+                f" Against the Wiener gain of the training data (the share of signal at that noise level, mean over "
+                f"octaves) the mean gates correlate by {correlations}, with slopes of {slopes}; a gate that followed "
+                "it would have 1 and 1, or with its paths exchanged -1 and -1."
+            )
         figures = {"gate": plots.gate_curves(timesteps, gates)}
         return Section(title, [reading], figures, {"gates": statistics, "gate_means": rows}, ("gates",))
     if "band" in kinds:
