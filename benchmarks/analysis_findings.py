@@ -22,6 +22,7 @@ TABLES = (
     "gates/gains",
     "interventions/dissociation",
     "interventions/interventions",
+    "information/ceiling",
     "decisions/levels",
     "order/arrival",
 )
@@ -49,6 +50,9 @@ def collect(reports: list[Path]) -> dict:
         result["gains"] = {name: [[row[name] for row in table] for table in gains] for name in gains[0][0]}
     if all(tables["interventions/dissociation"]):
         result["dissociation"] = over_seeds([table[0]["index"] for table in tables["interventions/dissociation"]])
+    if all(tables["information/ceiling"]):
+        over = [table[0]["nats"] / table[0]["entropy"] for table in tables["information/ceiling"]]
+        result["information_over_entropy"] = over_seeds(over)
     levels = tables["decisions/levels"]
     if all(levels):
         result["levels"] = {
@@ -85,6 +89,8 @@ def print_findings(result: dict):
     rows = {}
     if "dissociation" in result:
         rows["double dissociation index"] = text(result["dissociation"], 3)
+    if "information_over_entropy" in result:
+        rows["information used over the label's entropy"] = text(result["information_over_entropy"])
     for kind, levels in result.get("levels", {}).items():
         rows |= {f"{kind}: {name}": text(values) for name, values in levels.items()}
     for name, values in result.get("loss_change_percent", {}).items():
