@@ -140,6 +140,7 @@ def study(arguments: argparse.Namespace) -> dict:
     names = [name for name in COMPARED if name in (arguments.samplers or COMPARED)]
     schedulers = {name: compared_scheduler(name, network.config, spectrum) for name in COMPARED}
     result = {
+        "torch": torch.__version__,
         "pipeline": arguments.pipeline.parent.name,
         "prediction_type": network.pipe.config.prediction_type,
         "samples": arguments.samples,
@@ -170,13 +171,14 @@ def study(arguments: argparse.Namespace) -> dict:
             first, *others = ACCURATE
             row, accurate = measure(first, 2 * arguments.reference_steps, scale, None)
             rows = {"accurate": row, "uncertainty": {}, "samplers": {name: {} for name in names}}
+            result["guidance"][scale] = rows
             for name in others:
                 other, _ = measure(name, 2 * arguments.reference_steps, scale, accurate)
                 rows["uncertainty"][name] = other["error"]
             for name in names:
                 for count in arguments.evaluations:
                     rows["samplers"][name][count] = measure(name, count, scale, accurate)[0]
-            result["guidance"][scale] = rows
+                write_result(result, arguments.out)  # hours of work: what is measured is kept
     return result
 
 
@@ -224,7 +226,6 @@ def main():
     use_all_cores(arguments.cpu_threads)
     result = study(arguments)
     print_study(result)
-    write_result({"torch": torch.__version__, **result}, arguments.out)
 
 
 if __name__ == "__main__":
