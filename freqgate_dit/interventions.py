@@ -25,6 +25,7 @@ from freqgate_dit.transformer_freqgate_dit import (
 
 PATHS = ("low", "high", "output")
 GATES = ("zero", "half", "one", "mean", "reversed", "shuffled")
+MEAN_OVER = 64  # timesteps, for Band-Gate, whose gates differ by label too
 
 
 @contextmanager
@@ -144,7 +145,8 @@ def changed_gate(transformer: ConditionedDiTTransformer2DModel, change: str, num
     Args:
         change: for Freq-Gate "zero", "half", "one": that constant; "mean": its mean over all timesteps, so that its
             values stay and their course goes; "reversed": its value at the mirrored timestep; "shuffled": those of
-            other channels, in an order that is fixed per block. For Band-Gate "zero": no difference between bands.
+            other channels, in an order that is fixed per block. For Band-Gate "zero": no difference between bands;
+            "mean" and "reversed", of the same label, unless its gates depend on the class alone.
         num_train_timesteps: of the noise schedule.
 
     Raises:
@@ -156,15 +158,9 @@ def changed_gate(transformer: ConditionedDiTTransformer2DModel, change: str, num
             f"`change` ({change!r}): {type(transformer).__name__} has "
             f"{', '.join(changes) if changes else 'no gate to change'}."
         )
-    if isinstance(transformer, BandGateDiTTransformer2DModel):
-        handles = [
-            block.band_modulation.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-            for block in transformer.transformer_blocks
-        ]
-        with hooked(handles):
-            yield
-        return
-    with hooked(_freq_gate_handles(transformer, change, num_train_timesteps)):
+    is_band_gate = isinstance(transformer, BandGateDiTTransformer2DModel)
+    handles = _band_gate_handles if is_band_gate else _freq_gate_handles
+    with hooked(handles(transformer, change, num_train_timesteps)):
         yield
 
 
@@ -172,7 +168,52 @@ def gate_changes(transformer: ConditionedDiTTransformer2DModel) -> tuple[str, ..
     """The changes that `changed_gate` knows for a model; none without gates."""
     if isinstance(transformer, FreqGateDiTTransformer2DModel):
         return GATES
-    return ("zero",) if isinstance(transformer, BandGateDiTTransformer2DModel) else ()
+    if isinstance(transformer, BandGateDiTTransformer2DModel):
+        return ("zero",) if transformer.config.band_drive == "class" else ("zero", "mean", "reversed")
+    return ()
+
+
+def _band_gate_handles(transformer: BandGateDiTTransformer2DModel, change: str, num_train_timesteps: int) -> list:
+    if change == "zero":
+        return [
+            block.band_modulation.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+            for block in transformer.transformer_blocks
+        ]
+    now = {}
+
+    def keep_time(module, args, kwargs):
+        inputs = _inputs(args, kwargs)
+        hidden_states = inputs["hidden_states"]
+
+        def time_part(timesteps):  # what the band gates see of time: (len(timesteps), D)
+            samples = hidden_states[:1].expand(len(timesteps), -1, -1, -1)
+            temb = transformer.embed_timestep(timesteps, len(timesteps), samples.device, samples.dtype)
+            (clock_low, _), _ = transformer.block_inputs(samples, transformer.known_of(samples, timesteps))
+            return temb + clock_low
+
+        timestep = torch.as_tensor(inputs["timestep"], device=hidden_states.device).float().expand(len(hidden_states))
+        now["given"] = time_part(timestep)
+        if change == "reversed":
+            now["mirrored"] = time_part(num_train_timesteps - 1 - timestep)
+        else:
+            steps = torch.linspace(0, num_train_timesteps - 1, MEAN_OVER, device=hidden_states.device)
+            now["all"] = time_part(steps)
+
+    def at_mirrored(module, args):
+        return (args[0] - now["given"] + now["mirrored"],)
+
+    def mean_over_time(module, args, output):
+        drive = (args[0] - now["given"])[:, None] + now["all"]  # (B, T, D)
+        gates = module.forward(drive.flatten(0, 1))  # (B * T, 1, k * D)
+        return gates.unflatten(0, drive.shape[:2]).mean(1)
+
+    handles = [transformer.register_forward_pre_hook(keep_time, with_kwargs=True)]
+    for block in transformer.transformer_blocks:
+        if change == "reversed":
+            handles.append(block.band_modulation.register_forward_pre_hook(at_mirrored))
+        else:
+            handles.append(block.band_modulation.register_forward_hook(mean_over_time))
+    return handles
 
 
 def _freq_gate_handles(transformer: FreqGateDiTTransformer2DModel, change: str, num_train_timesteps: int) -> list:

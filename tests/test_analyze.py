@@ -122,7 +122,8 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
     subject = Subject(pipe, None, num_images=3, steps=3)
     section = intervention_section(subject)
     names = [row["intervention"] for row in section.tables["interventions"]]
-    assert names == ["none", "no condition", "no condition in low", "no condition in high", "gate zero"]
+    paths = ["no condition in low", "no condition in high"]
+    assert names == ["none", "no condition", *paths, "gate zero", "gate mean", "gate reversed"]
     gains = report_sections.gate_section(subject).tables["gains"]
     assert {row["branch"] for row in gains} == {"attention", "mlp"}
 

@@ -1,6 +1,7 @@
 """Interventions: each one equals a call that can be made without it, and leaves nothing behind."""
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from components import LABELS, make_pipeline, sample, tiny_transformer
 from diffusers import DDPMScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 
-from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
+from freqgate_dit.interventions import MEAN_OVER, changed_gate, gate_changes, labels_from, labels_in_path
 from freqgate_dit.traces import log_snr
 
 
@@ -120,6 +121,30 @@ def test_band_gate_without_its_band_gates():
     assert torch.equal(changed, run(model)) and not torch.equal(changed, run(tiny_transformer("band_gate")))
 
 
+@pytest.mark.parametrize("drive", ["both", "time"])
+def test_band_gates_of_another_time_are_those_of_the_same_label_then(drive):
+    model = tiny_transformer("band_gate", band_drive=drive)
+    plain = run(model, timestep=250)
+
+    def gates(timestep, *change):
+        seen = []
+        with ExitStack() as contexts:
+            if change:
+                contexts.enter_context(changed_gate(model, *change))
+            for block in model.transformer_blocks:  # after the change's own
+                handle = block.band_modulation.register_forward_hook(lambda *args: seen.append(args[2]))
+                contexts.callback(handle.remove)
+            run(model, timestep=timestep)
+        return torch.stack(seen)
+
+    assert (gates(250) - gates(749)).abs().max() > 1e-3
+    torch.testing.assert_close(gates(250, "reversed"), gates(749), rtol=1e-4, atol=1e-5)
+    mean = torch.stack([gates(timestep) for timestep in torch.linspace(0, 999, MEAN_OVER)]).mean(0)
+    for timestep in (10, 800):
+        torch.testing.assert_close(gates(timestep, "mean"), mean, rtol=1e-4, atol=1e-5)
+    assert torch.equal(run(model, timestep=250), plain)
+
+
 def test_what_a_model_does_not_have():
     model = tiny_transformer("adaln_zero")
     with pytest.raises(ValueError, match="has no gate to change"), changed_gate(model, "zero"):
@@ -134,8 +159,9 @@ def test_what_a_model_does_not_have():
     gated = tiny_transformer("band_gate", band_drive="time")
     with pytest.raises(ValueError, match="has no such path"), labels_in_path(gated, "low", 0):
         pass
-    with pytest.raises(ValueError, match=r"`change` \('half'\): .* has zero"), changed_gate(gated, "half"):
+    with pytest.raises(ValueError, match=r"`change` \('half'\): .* has zero, mean, rev"), changed_gate(gated, "half"):
         pass
+    assert gate_changes(tiny_transformer("band_gate", band_drive="class")) == ("zero",)
     unconditional = tiny_transformer("adaln_zero", num_classes=None)
     with pytest.raises(ValueError, match="not conditioned on classes"), labels_from(unconditional, 0, 0.0, ALPHAS):
         pass
