@@ -75,6 +75,7 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
 
     # The weights are random: no image shows a label's factors, and the report says so.
     assert "No level can be given: only" in printed.out
+    assert "it says little, as the unchanged model is right in" in printed.out
 
     # Nothing changed: nothing is measured. Another seed: all of it. A section alone: the others stay as files.
     before = (out / "sections/order/section.json").stat().st_mtime_ns

@@ -415,7 +415,13 @@ def intervention_section(subject: Subject) -> Section:
             {"index": index.estimate, "low": index.low, "high": index.high, "standard_error": index.standard_error}
         ]
         section.shown += ("dissociation",)
-        if index.low > SMALL_INDEX:
+        shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
+        if min(shown.values()) < LEAST_SHOWN:
+            verdict = (
+                f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
+                f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
+            )
+        elif index.low > SMALL_INDEX:
             verdict = "the path called Low serves structure more than texture, compared with High"
         elif index.high < -SMALL_INDEX:
             verdict = "the path called Low serves texture more than structure, compared with High"
