@@ -411,6 +411,27 @@ def information_figure(
     return figure
 
 
+def worlds_figure(log_snr: Sequence[float], worlds: dict[str, dict]):
+    """What noisy images of several worlds tell of each factor, a panel per world.
+
+    Args:
+        log_snr: `(K,)`.
+        worlds: name -> "nats", factor -> `(K,)`, and "half", factor -> level at which half of them is there, or `None`.
+    """
+    figure, panels = new_figure(2.4 * len(worlds) + 0.8, 2.9, columns=len(worlds), sharey=True, squeeze=False)
+    for axes, (world, found) in zip(panels[0], worlds.items()):
+        for index, (factor, nats) in enumerate(found["nats"].items()):
+            axes.plot(log_snr, nats, color=PALETTE[index], lw=1.6, label=factor)
+            if found["half"][factor] is not None:
+                axes.axvline(found["half"][factor], color=PALETTE[index], ls="--", lw=1)
+        axes.set_title(world, fontsize=10)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("known of the factor (nats)")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("log-SNR (left noise, right clean); dashed: half of it is known", fontsize=9)
+    return figure
+
+
 def effect_figure(effects: dict[str, Sequence[float]], bands: Sequence[str]):
     """By how much interventions change the image, per octave, as a map with numbers.
 

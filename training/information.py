@@ -4,7 +4,8 @@ A classifier of noisy images x_l has a cross-entropy of at least H(f | x_l), so 
 bound of the information I(f; x_l), in nats, whatever the denoiser. Once nothing is left to know, an ideal denoiser of
 x_l has no use for a label. (For diffusion: arXiv 2506.10433.)
 
-    python -m freqgate_dit.training.information --worlds mod add reversed same flat --out information.json
+    python -m freqgate_dit.training.information --worlds mod add reversed same flat --out information.json \
+        --figure information.png
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from freqgate_dit import plots
 from freqgate_dit.shapes_textures import WORLDS, ShapesTextures
 from freqgate_dit.training.decisions import FACTORS, factors
 from freqgate_dit.training.factor_classifier import FactorClassifier, fit_factor_classifier, scaled
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=32_768, help="of training the classifier")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the curves, written after each world")
+    parser.add_argument("--figure", type=Path, help="PNG file for a picture of them")
     arguments = parser.parse_args()
     settings = {name: getattr(arguments, name) for name in ("image_size", "num_images", "seed")}
     result = {**settings, "test_images": TEST_IMAGES, "worlds": {}}
@@ -108,10 +111,14 @@ def main() -> None:
         print(f"{world:10} {half['structure']:+10.2f} {half['texture']:+10.2f}", flush=True)
         result["log_snr"] = levels.tolist()
         curves = {name: values.tolist() for name, values in nats.items()}
+        half = {name: None if math.isnan(level) else level for name, level in half.items()}  # NaN is no JSON
         result["worlds"][world] = {"half": half, "nats": curves, "seconds": time.perf_counter() - start}
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.figure:
+        arguments.figure.parent.mkdir(parents=True, exist_ok=True)
+        plots.worlds_figure(result["log_snr"], result["worlds"]).savefig(arguments.figure)
 
 
 if __name__ == "__main__":

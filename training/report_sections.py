@@ -626,14 +626,17 @@ def information_section(subject: Subject) -> Section:
             {"log_snr": float(level), **{name: float(nats[i]) for name, nats in factor_curves.items()}}
             for i, level in enumerate(levels)
         ]
-        section.tables["half"] = [{**half, "difference": half["texture"] - half["structure"]}]
-        section.shown += ("half",)
-        section.reading.append(
-            "Of the data alone, whatever the model: half of what a classifier of noisy images can know of the "
-            f"structure is there at a log-SNR of {half['structure']:+.2f}, of the texture at {half['texture']:+.2f}. "
-            "A label exchanged well above that level comes too late for an ideal denoiser, so the levels of the last "
-            "section should lie in this order."
-        )
+        if not np.isfinite(list(half.values())).all():
+            section.reading.append("A classifier of noisy images learns next to nothing here, so it tells no level.")
+        else:
+            section.tables["half"] = [{**half, "difference": half["texture"] - half["structure"]}]
+            section.shown += ("half",)
+            section.reading.append(
+                "Of the data alone, whatever the model: half of what a classifier of noisy images can know of the "
+                f"structure is there at a log-SNR of {half['structure']:+.2f}, of the texture at "
+                f"{half['texture']:+.2f}. A label exchanged well above that level comes too late for an ideal "
+                "denoiser, so the levels of the last section should lie in this order."
+            )
     if curve or factor_curves:
         section.figures["information"] = plots.information_figure(
             curve, (levels, factor_curves, half) if factor_curves else None
