@@ -416,7 +416,7 @@ def worlds_figure(log_snr: Sequence[float], worlds: dict[str, dict]):
 
     Args:
         log_snr: `(K,)`.
-        worlds: name -> "nats", factor -> `(K,)`, and "half", factor -> level at which half of them is there, or `None`.
+        worlds: name -> "nats", factor -> `(K,)`, and "half", factor -> level at which half of them is there or `None`.
     """
     figure, panels = new_figure(2.4 * len(worlds) + 0.8, 2.9, columns=len(worlds), sharey=True, squeeze=False)
     for axes, (world, found) in zip(panels[0], worlds.items()):
