@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from components import make_pipeline, tiny_transformer
+from components import make_pipeline, tiny_transformer, tiny_vae_tiny
 
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import log_snr
@@ -76,3 +76,12 @@ class TestDensity:
             abs(ceiling["nats"] - ceiling["entropy"] / 2) <= ceiling["entropy"] / 2 + 2 * ceiling["standard_error"]
         )
         assert set(section.figures) == {"information"} and len(section.tables["information_of_the_data"]) == 4
+
+    def test_a_latent_model_has_its_own_curve_alone(self):
+        classes = len(STRUCTURES) * len(TEXTURES)
+        pipe = make_pipeline(tiny_transformer("adaln_zero", num_classes=classes, sample_size=16), vae=tiny_vae_tiny())
+        section = information_section(Subject(pipe, "mod"))
+        assert {"ceiling", "information_of_the_model"} == section.tables.keys() and set(section.figures) == {
+            "information"
+        }
+        assert "this model's noise is on latents" in section.reading[-1]

@@ -637,6 +637,11 @@ def information_section(subject: Subject) -> Section:
                 f"{half['texture']:+.2f}. A label exchanged well above that level comes too late for an ideal "
                 "denoiser, so the levels of the last section should lie in this order."
             )
+    else:
+        section.reading.append(
+            "When the data itself tells structure and texture is left out: the classifier reads noisy images, and "
+            "this model's noise is on latents."
+        )
     if curve or factor_curves:
         section.figures["information"] = plots.information_figure(
             curve, (levels, factor_curves, half) if factor_curves else None
