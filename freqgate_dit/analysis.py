@@ -43,9 +43,8 @@ def gate_statistics(gates: np.ndarray, log_snr: np.ndarray, wiener: np.ndarray |
     Returns:
         per block "correlation" of the mean gate with the log-SNR, in [-1, 1], of which only the size is invariant;
         "rising", the share of channels that rise with it; "agreement" `|2 rising - 1|`; "range", the mean over
-        channels of largest minus smallest gate; and with `wiener` the
-        "wiener_correlation" and "wiener_slope" of the mean gate over it. A gate that is the Wiener gain has 1 and 1,
-        with its paths exchanged -1 and -1.
+        channels of largest minus smallest gate; and with `wiener` the "wiener_correlation" and "wiener_slope" of the
+        mean gate over it. A gate that is the Wiener gain has 1 and 1, with its paths exchanged -1 and -1.
     """
     rows = []
     for block in range(gates.shape[1]):
@@ -57,9 +56,8 @@ def gate_statistics(gates: np.ndarray, log_snr: np.ndarray, wiener: np.ndarray |
         spread = float((channels.max(0) - channels.min(0)).mean())
         values = {"correlation": correlation, "rising": rising, "agreement": abs(2 * rising - 1), "range": spread}
         if wiener is not None:
-            moment = np.mean((wiener - wiener.mean()) * mean)
-            values["wiener_correlation"] = float(moment / (wiener.std() * mean.std())) if mean.std() > 0 else 0.0
-            values["wiener_slope"] = float(moment / wiener.var())
+            values["wiener_correlation"] = float(np.corrcoef(mean, wiener)[0, 1]) if mean.std() > 0 else 0.0
+            values["wiener_slope"] = float(np.polyfit(wiener, mean, 1)[0])
         rows.append({"block": block, **values})
     return rows
 

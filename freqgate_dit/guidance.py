@@ -10,6 +10,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 
 from freqgate_dit.spectral import dct2, idct2, radial_frequency
+from freqgate_dit.traces import span_levels
 
 
 class WeakModelGuidance(BaseGuidance):
@@ -254,16 +255,14 @@ class InformationGuidance(BandGuidance):
         measured = last.get("ema") or last["raw"]
         if measured["information_table"] is None:
             raise ValueError(f"`path` ({path}) has no information: the run was trained without a null condition.")
-        log_snr = torch.logit(scheduler.alphas_cumprod.double())
-        if len(log_snr) != measured["num_train_timesteps"]:
+        if len(scheduler.alphas_cumprod) != measured["num_train_timesteps"]:
             raise ValueError(
-                f"`scheduler` has {len(log_snr)} training timesteps, but the run of `path` ({path}) "
+                f"`scheduler` has {len(scheduler.alphas_cumprod)} training timesteps, but the run of `path` ({path}) "
                 f"{measured['num_train_timesteps']}."
             )
         table = measured["information_table"]  # nats, spans of timesteps x bands
-        limits = torch.linspace(0, len(log_snr) - 1, len(table) + 1).round().long()
-        log_snr = log_snr[limits].clamp(-20, 20)  # a zero terminal SNR is not finite
-        widths = (log_snr[:-1] - log_snr[1:]).tolist()
+        levels = span_levels(scheduler.alphas_cumprod, len(table))
+        widths = (levels[:-1] - levels[1:]).tolist()
         density = [[(nats or 0.0) / width for nats in row] for row, width in zip(table, widths)]
         edges = [float(name.split("-")[1]) for name in measured["bands"][:-1]]
         return cls(

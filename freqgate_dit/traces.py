@@ -31,6 +31,13 @@ def log_snr(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tens
     return -2 * sigma.log()
 
 
+def span_levels(alphas_cumprod: torch.Tensor, spans: int) -> torch.Tensor:
+    """Log-SNR `(spans + 1,)` at the limits of equal spans of timesteps, from clean to noise; at most 20 either way, as
+    a zero terminal SNR is not finite."""
+    limits = torch.linspace(0, len(alphas_cumprod) - 1, spans + 1).round().long()
+    return torch.logit(alphas_cumprod.double()).cpu()[limits].clamp(-20, 20)
+
+
 def noised_power(power: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """Power of the octaves of noisy data, `alpha S + 1 - alpha`, where white noise has power 1 at every frequency.
 

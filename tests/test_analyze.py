@@ -55,10 +55,10 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
         "The order of denoising",
         "The gates",
         "Interventions",
-        "What the condition can",
+        "What the condition can say, and when",
         "When structure and texture are decided",
     ):
-        assert f"<h2>{title}" in page and title in printed.out
+        assert f"<h2>{title}</h2>" in page and title in printed.out
     # Self-contained: figures inside, nothing fetched, no path of this machine.
     assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 5
     assert not re.search(r"(src|href)=\"(?!data:)", page) and str(tmp_path) not in page

@@ -1,6 +1,7 @@
 """When noisy images tell of a factor, and what a model's predictions use of its label."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import log_snr
 from freqgate_dit.training import information
 from freqgate_dit.training.information import factor_information, half_level, noised
-from freqgate_dit.training.report_sections import Subject, information_density, information_section, validate
+from freqgate_dit.training.report_sections import (
+    Subject,
+    _read_ceiling,
+    information_density,
+    information_section,
+    validate,
+)
 
 
 def test_noised_images_have_the_level():
@@ -58,7 +65,7 @@ class TestDensity:
     def test_its_integral_is_the_information(self, subject):
         result = validate(subject, num_bins=5, with_null=True)
         rows = information_density(result, subject.alphas_cumprod)
-        limits = log_snr(subject.alphas_cumprod, torch.linspace(0, 999, 6))
+        limits = log_snr(subject.alphas_cumprod, torch.linspace(0, 999, 6).round())
         widths = (limits[:-1] - limits[1:]).tolist()
         total = sum(row["density"] * width for row, width in zip(rows, widths))
         assert result.information != 0 and total == pytest.approx(result.information)
@@ -76,6 +83,20 @@ class TestDensity:
             abs(ceiling["nats"] - ceiling["entropy"] / 2) <= ceiling["entropy"] / 2 + 2 * ceiling["standard_error"]
         )
         assert set(section.figures) == {"information"} and len(section.tables["information_of_the_data"]) == 4
+
+    @pytest.mark.parametrize(
+        "nats, verdict",
+        [(2.0, "possible for an ideal denoiser"), (9.0, "More than there is"), (-3.0, "Less than nothing")],
+    )
+    def test_what_is_said_of_the_ceiling(self, subject, nats, verdict):
+        result = validate(subject, with_null=True)
+        assert verdict in _read_ceiling(replace(result, information=nats, information_se=0.5))
+
+    def test_a_schedule_without_terminal_signal_has_finite_densities(self, subject):
+        alphas_cumprod = subject.alphas_cumprod.clone()
+        alphas_cumprod[-1] = 0
+        rows = information_density(validate(subject, with_null=True), alphas_cumprod)
+        assert all(math.isfinite(value) for row in rows for value in row.values())
 
     def test_a_latent_model_has_its_own_curve_alone(self):
         classes = len(STRUCTURES) * len(TEXTURES)

@@ -18,6 +18,7 @@ from freqgate_dit.interventions import labels_from
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.statistics import Bootstrap, bootstrap
 from freqgate_dit.traces import log_snr
+from freqgate_dit.training.factor_classifier import factors_of
 
 
 FACTORS = ("structure", "texture")
@@ -196,5 +197,5 @@ def swap_labels(
 
 
 def factors(labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Structure and texture of labels of the built-in data."""
-    return (labels // len(TEXTURES)).numpy(), (labels % len(TEXTURES)).numpy()
+    """As `factors_of`, for tables."""
+    return tuple(values.numpy() for values in factors_of(labels))

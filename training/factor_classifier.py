@@ -93,7 +93,7 @@ def train_factor_classifier(
         classifier = FactorClassifier()
         fit_factor_classifier(classifier, data, progress)
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
-    structures, textures = _factors(test.labels(range(len(test))))
+    structures, textures = factors_of(test.labels(range(len(test))))
     accuracy = factor_accuracy(classifier, scaled(test.images(range(len(test)))), structures, textures)
     if progress:
         print(f"held out: structure {accuracy['structure']:.4f}, texture {accuracy['texture']:.4f}", flush=True)
@@ -158,7 +158,7 @@ def fit_factor_classifier(
     classifier.train()
     for step in range(steps):
         batch = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
-        structures, textures = _factors(data.labels(batch))
+        structures, textures = factors_of(data.labels(batch))
         images = augment(scaled(data.images(batch)))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
             structure_logits, texture_logits = classifier(images)
@@ -185,7 +185,8 @@ def scaled(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def _factors(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Structure and texture of labels of the built-in data."""
     return labels // len(TEXTURES), labels % len(TEXTURES)
 
 

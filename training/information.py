@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from freqgate_dit import plots
 from freqgate_dit.shapes_textures import WORLDS, ShapesTextures
-from freqgate_dit.training.decisions import FACTORS, factors
-from freqgate_dit.training.factor_classifier import FactorClassifier, fit_factor_classifier, scaled
+from freqgate_dit.training.decisions import FACTORS
+from freqgate_dit.training.factor_classifier import FactorClassifier, factors_of, fit_factor_classifier, scaled
 
 
 LOG_SNR_RANGE = (-8.0, 4.0)
@@ -60,7 +60,7 @@ def factor_information(
     train = ShapesTextures(num_images, image_size, world, split="train", seed=seed)
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
     images = scaled(test.images(range(len(test))))
-    expected = [torch.from_numpy(values) for values in factors(test.labels(range(len(test))))]
+    expected = factors_of(test.labels(range(len(test))))
     levels = torch.linspace(*LOG_SNR_RANGE, num_levels)
     nats = {name: [] for name in FACTORS}
     with torch.random.fork_rng(), torch.enable_grad():

@@ -19,9 +19,9 @@ from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands, octave_labels
 from freqgate_dit.statistics import bootstrap
-from freqgate_dit.traces import DenoisingTrace, NoPredictionError, log_snr, noised_power
+from freqgate_dit.traces import DenoisingTrace, NoPredictionError, log_snr, noised_power, span_levels
 from freqgate_dit.training.decisions import FACTORS, KINDS, PREDICTED, factors, swap_labels
-from freqgate_dit.training.factor_classifier import train_factor_classifier
+from freqgate_dit.training.factor_classifier import scaled, train_factor_classifier
 from freqgate_dit.training.information import factor_information, half_level
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.report_page import Section
@@ -102,7 +102,7 @@ class Subject:
     def real_images(self, count: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Images of the world, as the model sees them, and their labels."""
         data = ShapesTextures(count, self.image_size, self.world, split=split)
-        return self.to_model_space(data.images(range(count)).float() / 127.5 - 1), data.labels(range(count))
+        return self.to_model_space(scaled(data.images(range(count)))), data.labels(range(count))
 
     @cached_property
     def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -370,13 +370,13 @@ def intervention_section(subject: Subject) -> Section:
     reference = band_power(plain, plain.mean(0)).mean((0, 1))
     judged = subject.world is not None
     correct = {"none": judge(subject, plain)} if judged else {}
-    losses = {"none": validation_loss(subject)} if judged else {}
+    losses = {"none": validate(subject).loss} if judged else {}
     effects, images = {}, {}
     for name, context in tqdm(found.items(), desc="interventions", unit="run"):
         with context():
             images[name] = subject.sample()
             if judged:
-                losses[name] = validation_loss(subject)
+                losses[name] = validate(subject).loss
         effects[name] = (band_power(images[name] - plain).mean((0, 1)) / reference).tolist()
         if judged:
             correct[name] = judge(subject, images[name])
@@ -465,14 +465,9 @@ def dissociation(correct: dict[str, dict[str, np.ndarray]], num_resamples: int =
     return bootstrap(index, len(correct["none"]["structure"]), num_resamples=num_resamples)
 
 
-@torch.no_grad()
-def validation_loss(subject: Subject) -> float:
-    """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too."""
-    return validate(subject).loss
-
-
 def validate(subject: Subject, num_bins: int = 10, with_null: bool = False) -> ValidationResult:
-    """The trainer's validation, on 512 images of the model's world; without the condition too where asked."""
+    """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too; without the
+    condition too where asked."""
     pipe, device = subject.pipe, subject.pipe.device
     config = pipe.scheduler.config
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -655,11 +650,8 @@ def information_density(result: ValidationResult, alphas_cumprod: torch.Tensor) 
     Returns:
         per span, from clean to noise: its middle "log_snr", "density", and its part in each octave.
     """
-    bins = len(result.num_images)
-    limits = torch.linspace(0, len(alphas_cumprod) - 1, bins + 1).double()
-    levels = log_snr(alphas_cumprod, limits).clamp(-20, 20)  # a zero terminal SNR is not finite
-    widths = levels[:-1] - levels[1:]
-    table = result.information_table / widths[:, None]
+    levels = span_levels(alphas_cumprod, len(result.num_images))
+    table = result.information_table / (levels[:-1] - levels[1:])[:, None]
     return [
         {
             "log_snr": float(levels[i] + levels[i + 1]) / 2,
