@@ -182,18 +182,20 @@ def test_interrupted_encoding_goes_on_where_it_stopped(photos, tmp_path, make_va
         LatentCache(failing, make_vae(), True, tmp_path / "cache", 2).encode("cpu")
     again, rest = counted(images)
     cache = LatentCache(again, make_vae(), True, tmp_path / "cache", 2)
-    assert decoded == [0, 1, 2, 3] and cache.missing() == [2]
+    assert len(decoded) == 4 and sorted(decoded + [*cache._rows(*cache.missing())]) == [*range(6)]
     # What a killed process leaves.
+    name = cache._path(*cache.missing()).name
     for age in (0, 7200):
-        half = cache.folder / f"shard_00002.safetensors.{age}.tmp"
-        half.write_bytes((straight.folder / "shard_00002.safetensors").read_bytes()[:100])
+        half = cache.folder / f"{name}.{age}.tmp"
+        half.write_bytes((straight.folder / name).read_bytes()[:100])
         os.utime(half, (half.stat().st_mtime - age,) * 2)
     capsys.readouterr()
     cache.encode("cpu")
-    assert rest == [4, 5] and f"cache {cache.folder.name}: going on after 2 of 3 shards\n" in capsys.readouterr().out
+    assert sorted(decoded + rest) == [*range(6)]
+    assert f"cache {cache.folder.name}: going on after 2 of 3 shards\n" in capsys.readouterr().out
     assert_same(cache.load("cpu", resident=True), straight.load("cpu", resident=True))
     # Only the abandoned one: the other may belong to a run that is writing it.
-    assert [path.name for path in cache.folder.glob("*.tmp")] == ["shard_00002.safetensors.0.tmp"]
+    assert [path.name for path in cache.folder.glob("*.tmp")] == [f"{name}.0.tmp"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "no header", "other rows", "missing"])
@@ -240,7 +242,7 @@ def test_processes_share_the_work(photos, tmp_path):
         caches.append(LatentCache(images, tiny_vae_kl(), True, tmp_path / "shared", 1))
         assert not (caches[0].folder / "manifest.json").exists()
         caches[-1].encode("cpu", process, num_processes=4)
-        parts.append(decoded)
+        parts.append(sorted(decoded))
     assert parts == [[0, 4], [1, 5], [2], [3]]
     assert (caches[0].folder / "manifest.json").is_file()
     for cache in caches:
@@ -259,6 +261,26 @@ def test_runs_that_encode_the_same_at_once_do_not_harm_each_other(photos, tmp_pa
     with ThreadPoolExecutor(4) as pool:
         for data in pool.map(run, range(8)):
             assert_same(data, one.load("cpu", resident=True))
+
+
+def test_runs_at_once_share_the_work(photos, tmp_path):
+    images, done = photos_of(photos), []
+    other, done_by_other = counted(images)
+
+    def load(indices):
+        if not done_by_other:  # another run does all, while this one is at its first shard
+            LatentCache(other, None, True, tmp_path / "shared", 1).encode("cpu")
+        done.extend(indices)
+        return images.load(indices)
+
+    LatentCache(dataclasses.replace(images, load=load), None, True, tmp_path / "shared", 1).encode("cpu")
+    assert len(done) == 1 and sorted(done_by_other) == [*range(len(images))]
+    orders = set()
+    for run in range(4):
+        counting, order = counted(images)
+        LatentCache(counting, None, True, tmp_path / f"run{run}", 1).encode("cpu")
+        orders.add(tuple(order))
+    assert len(orders) > 1  # runs that begin together do not all take the same shard next
 
 
 def test_full_disk_is_an_error_before_anything_is_encoded(photos, tmp_path, monkeypatch):

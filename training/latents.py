@@ -9,6 +9,7 @@ of a machine share one copy, and data larger than memory works.
 import contextlib
 import hashlib
 import json
+import random
 import shutil
 import time
 from pathlib import Path
@@ -207,7 +208,8 @@ class LatentCache:
     """The encoded images of one data set, in a folder of `cache_dir`.
 
     The processes of a machine share the work: each calls `encode`, waits until all have, then calls `load`. Runs that
-    know nothing of each other may encode the same data at once: each shard is whole, whoever wrote it.
+    know nothing of each other may encode the same data at once: each shard is whole, whoever wrote it, and each run
+    takes the missing ones in an order of its own, so that they hardly ever do the same one twice.
 
     Args:
         images: what to encode.
@@ -314,8 +316,12 @@ class LatentCache:
             self.vae.to(device)
         total = sum(len(self._rows(shard)) for shard in shards)
         quiet = {"disable": True} if process > 0 else {}  # not False, which would overrule TQDM_DISABLE
+        random.SystemRandom().shuffle(shards)  # other runs may be at it too; the state of `random` stays as it is
         with tqdm(total=total, desc="encoding images", unit="image", **quiet) as progress:
             for shard in shards:
+                if _is_whole(self._path(shard), len(self._rows(shard))):  # by another run, meanwhile
+                    progress.update(len(self._rows(shard)))
+                    continue
                 tensors = encode(self.images, self._rows(shard), self.vae, self.flip, device, progress=progress)
                 replace_file(self._path(shard), lambda temporary, tensors=tensors: save_file(tensors, temporary))
 
