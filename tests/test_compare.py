@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from tiny_runs import MODEL, ROOT
 
 from freqgate_dit.statistics import paired_difference
-from freqgate_dit.training.compare import main, run_all, training_job
+from freqgate_dit.training.compare import Job, gpu_names, main, part_of_cores, run_all, training_job
 from freqgate_dit.training.matching import nearest
 
 
@@ -186,3 +187,33 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
     assert not folder.exists() and "--resume" not in job.command
     with pytest.raises(RuntimeError, match=r"adaln with seed 0 ended with status 1.*was not found.*adaln_seed0\.log"):
         run_all([job], 1, "training")
+
+
+@pytest.mark.parametrize("gpus, seen", [(["2", "5"], ["2", "2", "5", "5"]), (["2"], ["all"] * 4), ([], ["all"] * 4)])
+def test_runs_at_a_time_are_spread_over_the_gpus(gpus, seen, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
+    # Each waits for the others, so that all four run at once.
+    code = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+(folder / sys.argv[2]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+while len(list(folder.glob("run*"))) < 4:
+    time.sleep(0.01)
+"""
+    jobs = [
+        Job(str(i), [sys.executable, "-c", code, str(tmp_path), f"run{i}"], tmp_path / f"log{i}") for i in range(4)
+    ]
+    run_all(jobs, 4, "training", gpus)
+    assert sorted((tmp_path / f"run{i}").read_text() for i in range(4)) == seen
+
+
+def test_gpus_are_those_that_may_be_seen(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-8f2a")
+    assert gpu_names() == ["1", "GPU-8f2a"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_names() == []
+
+
+def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr("freqgate_dit.training.compare.available_cores", lambda: 7)
+    assert [part_of_cores(parallel) for parallel in (1, 2, 8)] == [[], ["--cpu_threads", "3"], ["--cpu_threads", "1"]]

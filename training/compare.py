@@ -8,15 +8,18 @@ then chosen to bring it to the baseline's number of parameters (`match_by: flops
 `--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the order of the data, noise, timesteps
 and dropped labels of all arms alike, and all are validated on the same noisy images: differences are paired. With
 `evaluation` (options of training/evaluation.py) each trained model is sampled from the same noise and its images are
-measured too. Written: `comparison.json` (all numbers), `comparison.md` (the tables), `curves.png` (by training step),
-`timesteps.png` (by noise level), `forest.png` (by frequency).
+measured too. `--parallel` runs go at a time, each with its part of the cores, spread over the GPUs: a small model
+leaves most of a GPU idle, so several may share one. Written: `comparison.json` (all numbers), `comparison.md` (the
+tables), `curves.png` (by training step), `timesteps.png` (by noise level), `forest.png` (by frequency).
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from tqdm import tqdm
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+from freqgate_dit.devices import accelerators, available_cores
 from freqgate_dit.files import read_json_lines, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.training.checkpoints import checkpoint_folders
@@ -189,6 +193,19 @@ def is_evaluated(folder: Path, options: dict) -> bool:
     return is_same and (folder / "evaluation" / "evaluation.json").is_file()
 
 
+def part_of_cores(parallel: int) -> list[str]:
+    """The option that keeps runs at the same time from taking each other's cores; the file's own comes after it."""
+    return ["--cpu_threads", str(max(1, available_cores() // parallel))] if parallel > 1 else []
+
+
+def gpu_names() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` may name, one by one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(device.index) for device in accelerators() if device.type == "cuda"]
+
+
 def training_job(name: str, words: list[str], folder: Path) -> Job:
     """Start or go on with the run in `folder`."""
     if checkpoint_folders(folder / "checkpoints"):
@@ -199,22 +216,22 @@ def training_job(name: str, words: list[str], folder: Path) -> Job:
     return script_job(name, "train.py", words, folder)
 
 
-def evaluation_job(name: str, options: dict, folder: Path) -> Job:
+def evaluation_job(name: str, options: dict, folder: Path, cores: Sequence[str] = ()) -> Job:
     """Start or go on with the evaluation of a trained run; one of other weights or options is deleted."""
     file, key = folder / "evaluation.key", evaluation_key(folder, options)
     if not file.is_file() or file.read_text(encoding="utf-8") != key:
         shutil.rmtree(folder / "evaluation", ignore_errors=True)
         write_text(file, key)
     words = words_of({"pipeline": folder / "pipeline", **options, "out": folder / "evaluation"})
-    return script_job(name, "evaluation.py", words, folder)
+    return script_job(name, "evaluation.py", [*cores, *words], folder)
 
 
 def script_job(name: str, script: str, words: list[str], folder: Path) -> Job:
     return Job(name, [sys.executable, str(Path(__file__).with_name(script)), *words], Path(f"{folder}.log"))
 
 
-def run_all(jobs: list[Job], parallel: int, what: str):
-    """Run all jobs, `parallel` at a time.
+def run_all(jobs: list[Job], parallel: int, what: str, gpus: Sequence[str] = ()):
+    """Run all jobs, `parallel` at a time, each on one of `gpus` where there are several: on the one with fewest.
 
     Raises:
         RuntimeError: if one fails; the others that run are stopped.
@@ -226,9 +243,13 @@ def run_all(jobs: list[Job], parallel: int, what: str):
             while waiting and len(running) < parallel:
                 job = waiting.pop(0)
                 job.log.parent.mkdir(parents=True, exist_ok=True)
+                taken = [gpu for *_, gpu in running.values()]
+                gpu = min(gpus, key=taken.count) if len(gpus) > 1 else None
+                environment = None if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
                 with open(job.log, "a", encoding="utf-8") as log:
-                    running[job.name] = job, subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT)
-            for job, process in list(running.values()):
+                    process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                running[job.name] = job, process, gpu
+            for job, process, _ in list(running.values()):
                 if process.poll() is None:
                     continue
                 del running[job.name]
@@ -242,9 +263,9 @@ def run_all(jobs: list[Job], parallel: int, what: str):
             time.sleep(0.2)
     finally:
         progress.close()
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.terminate()
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.wait()
 
 
@@ -308,11 +329,12 @@ def run(options: argparse.Namespace):
         if done:
             print(f"{done} of {len(keys)} runs were finished before")
         names = {(arm, seed): f"{arm} with seed {seed}" for arm, seed in keys}
-        jobs = [training_job(names[key], training[key], folders[key]) for key in keys if not trained(key)]
-        run_all(jobs, options.parallel, "training")
+        cores, gpus = part_of_cores(options.parallel), gpu_names()
+        jobs = [training_job(names[key], [*cores, *training[key]], folders[key]) for key in keys if not trained(key)]
+        run_all(jobs, options.parallel, "training", gpus)
         if evaluation:
-            jobs = [evaluation_job(names[key], evaluation, folders[key]) for key in keys if not finished(key)]
-            run_all(jobs, options.parallel, "evaluating")
+            jobs = [evaluation_job(names[key], evaluation, folders[key], cores) for key in keys if not finished(key)]
+            run_all(jobs, options.parallel, "evaluating", gpus)
     write_report(summarise(comparison, folders), options.out)
 
 
