@@ -36,18 +36,18 @@ class Evaluation:
 
     def __post_init__(self):
         kinds = {"title": str, "dataset": dict, "metrics": list, "protocol": dict, "command": str}
-        _check_kinds("the evaluation", vars(self), kinds)
-        _check_kinds("`dataset`", self.dataset, {"name": str, "split": str, "hub_id": (str, type(None))})
+        check_kinds("the evaluation", vars(self), kinds)
+        check_kinds("`dataset`", self.dataset, {"name": str, "split": str, "hub_id": (str, type(None))})
         if not self.metrics:
             raise ValueError("`metrics` is empty: give at least one.")
         for index, metric in enumerate(self.metrics):
             where = f"`metrics[{index}]`"
-            _check_kinds(where, metric, {"name": str, "type": str, "value": (int, float), "format": str})
+            check_kinds(where, metric, {"name": str, "type": str, "value": (int, float), "format": str})
             if isinstance(metric["value"], bool) or not math.isfinite(metric["value"]):
                 raise ValueError(f"{where} has the value {metric['value']}, which is no finite number: give one.")
             if metric["format"] not in ("percent", "number"):
                 raise ValueError(f"{where} has the format {metric['format']!r}: choose 'percent' or 'number'.")
-        _check_kinds("`protocol`", self.protocol, dict.fromkeys(self.protocol, (str, int, float, type(None))))
+        check_kinds("`protocol`", self.protocol, dict.fromkeys(self.protocol, (str, int, float, type(None))))
         for name, value in self.protocol.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`protocol` has {name!r} {value}, which is no finite number: give one.")
@@ -78,10 +78,7 @@ class Evaluation:
         Raises:
             ValueError: if a text has an absolute path in it, which says nothing on other machines.
         """
-        for text in (self.command, self.notes, *self.protocol.values()):
-            found = re.search(r"(?:^|[\s\"'=(])((?:~|/[\w.-]+|[A-Za-z]:)[/\\][\w.-]\S*)", str(text))
-            if found:
-                raise ValueError(f"the evaluation has the absolute path {found[1]} in it: give a relative one.")
+        refuse_absolute_paths("the evaluation", self.command, self.notes, *self.protocol.values())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
@@ -103,7 +100,15 @@ def add_evaluation(folder: str | Path, name: str, evaluation: Evaluation) -> Pat
     return path
 
 
-def _check_kinds(where: str, values: dict, kinds: dict):
+def refuse_absolute_paths(where: str, *texts):
+    """Raise if a text names a place on this machine."""
+    for text in texts:
+        found = re.search(r"(?:^|[\s\"'=(])((?:~|/[\w.-]+|[A-Za-z]:)[/\\][\w.-]\S*)", str(text))
+        if found:
+            raise ValueError(f"{where} has the absolute path {found[1]} in it: give a relative one.")
+
+
+def check_kinds(where: str, values: dict, kinds: dict):
     """Raise unless `values` has every key of `kinds`, of that kind."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} ({values!r}) must be a dictionary with {', '.join(kinds)}.")

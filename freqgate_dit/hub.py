@@ -55,7 +55,14 @@ READ_WAITS = (1, 4)
 WAITS = (1, 4, 15, 60)
 LONGEST_WAIT = 300
 # What describes the weights that a repository had, and not those that it gets.
-DESCRIPTIONS = ("evaluation/", "figures/", "training_config.yaml", "training_summary.json", "posthoc_ema.json")
+DESCRIPTIONS = (
+    "evaluation/",
+    "figures/",
+    "analysis.json",
+    "training_config.yaml",
+    "training_summary.json",
+    "posthoc_ema.json",
+)
 # What is left behind by processes that died, and by Python.
 NOT_UPLOADED = ["*.tmp", "__pycache__/*", "*/__pycache__/*"]
 

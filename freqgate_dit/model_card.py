@@ -129,6 +129,7 @@ class _Card:
             "configured_data": self.configured_data(),
             "heldout": training["heldout"] if self.heldout_losses() else None,
             "measured_rows": self.measured_rows(),
+            "findings_rows": self.findings_rows(),
             "has_distance": self.has_distance(),
             "parts": self.parts(),
             "stated_license": training and training["license"],
@@ -316,6 +317,10 @@ class _Card:
             data = escape(evaluation.dataset["name"]), escape(evaluation.dataset["split"])
             rows += [(escape(metric["name"]), metric_text(metric), *data) for metric in evaluation.metrics]
         return rows
+
+    def findings_rows(self) -> list[tuple[str, str, str]]:
+        claims = self.summary.findings.claims if self.summary.findings else []
+        return [tuple(escape(claim[name]) for name in ("claim", "verdict", "evidence")) for claim in claims]
 
     def eval_results(self) -> list[EvalResult]:
         """The same for the metadata, values as the files have them. The loss before training is not this model's."""

@@ -1,7 +1,7 @@
 """What a pipeline folder says about itself, read from its small files: nothing is computed and no weights are loaded.
 
 A folder that `FreqGateDiTPipeline.save_pretrained` wrote is enough. What a run of the trainer and measurements add is
-read where it is there: `training_config.yaml`, `training_summary.json` and `evaluation/NAME.json`.
+read where it is there: `training_config.yaml`, `training_summary.json`, `evaluation/NAME.json` and `analysis.json`.
 """
 
 import inspect
@@ -16,6 +16,8 @@ from safetensors import safe_open
 from freqgate_dit.cost import flops_per_forward
 from freqgate_dit.evaluations import Evaluation
 from freqgate_dit.files import read_json
+from freqgate_dit.findings import FILE as FINDINGS
+from freqgate_dit.findings import Findings
 from freqgate_dit.pipeline_folder import INDEX, refuse_other_pipeline, refuse_without_index
 from freqgate_dit.samplers import describe_sampler
 from freqgate_dit.transformer_freqgate_dit import VARIANTS
@@ -52,6 +54,7 @@ class PipelineSummary:
         training: `training_summary.json`, or `None`.
         training_config: `training_config.yaml`, or `None`.
         evaluations: name -> content of `evaluation/NAME.json`, by name.
+        findings: content of `analysis.json`, or `None`.
         files: path in the folder -> bytes, by path.
         dtypes: of the transformer's weights, as far as they are in the folder.
         version: of the package that saved the folder, or `None` if it is not recorded.
@@ -70,6 +73,7 @@ class PipelineSummary:
     training: dict | None
     training_config: dict | None
     evaluations: dict[str, Evaluation]
+    findings: Findings | None
     files: dict[str, int]
     dtypes: tuple[str, ...]
     version: str | None
@@ -297,6 +301,7 @@ def read_summary(folder: str | Path, files: dict[str, int] | None = None) -> Pip
         training=_read_training(folder / "training_summary.json"),
         training_config=_read_yaml(training_config) if training_config.is_file() else None,
         evaluations={path.stem: Evaluation.load(path) for path in sorted(folder.glob("evaluation/*.json"))},
+        findings=Findings.load(folder / FINDINGS) if (folder / FINDINGS).is_file() else None,
         files=dict(sorted((_list_files(folder) if files is None else files).items())),
         dtypes=_weight_dtypes(folder / "transformer"),
         version=index.get("_freqgate_dit_version"),

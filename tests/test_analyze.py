@@ -76,6 +76,10 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
     # The weights are random: no image shows a label's factors, and the report says so.
     assert "No level can be given: only" in printed.out
     assert "it says little, as the unchanged model is right in" in printed.out
+    assert (
+        "<h2>In short</h2>" in page
+        and "<td>Low carries the condition of structure, High that of texture.</td>" in page
+    )
 
     # Nothing changed: nothing is measured. Another seed: all of it. A section alone: the others stay as files.
     before = (out / "sections/order/section.json").stat().st_mtime_ns
@@ -84,7 +88,7 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
     assert (out / "sections/order/section.json").stat().st_mtime_ns == before
     main([*words, "--sections", "order", "--seed", "1"])
     assert "order: measured" in capsys.readouterr().out
-    assert (out / "report.html").read_text().count("<h2>") == 1 and (out / "sections/gates/gates.json").exists()
+    assert (out / "report.html").read_text().count("<h2>") == 2 and (out / "sections/gates/gates.json").exists()
 
 
 def test_a_report_of_a_latent_model_without_gates(tmp_path, capsys):
@@ -132,12 +136,15 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
 def test_decisions_of_a_network_that_decides_at_known_levels():
     subject = Subject(deciding_pipeline(), "mod", num_pairs=16, num_levels=20, steps=40)
     subject.classifier = (read, {})
+    subject.data_information = ([], {}, {"structure": -1.0, "texture": -1.0 + ROWS["texture"] - ROWS["structure"]})
     section = decision_section(subject)
-    assert set(section.figures) == {"label_swap", "label_insertion", "label_withdrawal"} and len(section.reading) == 2
+    assert set(section.figures) == {"label_swap", "label_insertion", "label_withdrawal"} and len(section.reading) == 3
     for row in section.tables["levels"]:
         assert row["structure"] == pytest.approx(ROWS["structure"], abs=0.8)
         assert row["texture"] == pytest.approx(ROWS["texture"], abs=0.8) and 1 < row["low"] <= row["high"]
     assert "Found: texture after structure. That is as predicted for the world 'mod'" in section.reading[1]
+    assert "the model's order is the data's" in section.reading[2]
+    assert [claim["verdict"] for claim in section.claims] == ["supported", "supported"]
     subject.world = "reversed"
     assert "That is other than predicted for the world 'reversed'" in decision_section(subject).reading[1]
 
@@ -271,22 +278,62 @@ def test_a_sampler_that_tells_no_prediction_leaves_the_order_out(tmp_path, capsy
     ],
 )
 def test_the_order_is_read_from_the_levels(arrival, said):
-    assert said in report_sections._read_arrival("image", list("abcd"), arrival, 8)
+    assert said in report_sections.order_of(arrival)
 
 
 @pytest.mark.parametrize(
-    "low, high, said",
+    "low, high, said, verdict, compared",
     [
-        (0.6, 2.0, "texture after structure. That is as predicted for the world 'add'"),
-        (-2.0, -0.6, "texture before structure. That is other than predicted"),
-        (-0.2, 0.3, "both at about the same level. That is other than predicted"),
-        (-1.0, 2.0, "Undecided"),
+        (0.6, 2.0, "texture after structure. That is as predicted for the world 'add'", "supported", "data's"),
+        (1.8, 2.4, "texture after structure. That is as predicted", "supported", "later still"),
+        (-2.0, -0.6, "texture before structure. That is other than predicted", "not supported", "earlier than"),
+        (-0.2, 0.3, "both at about the same level. That is other than predicted", "not supported", "earlier than"),
+        (-1.0, 2.0, "Undecided", "undecided", "data's"),
     ],
 )
-def test_a_wide_interval_decides_nothing(low, high, said):
-    subject = Subject(deciding_pipeline(), "add")
+def test_what_an_exchange_of_labels_shows(low, high, said, verdict, compared):
+    subject, section = Subject(deciding_pipeline(), "add"), Section("Decisions", [])
+    subject.data_information = ([], {}, {"structure": -1.0, "texture": 0.25})
     difference = Bootstrap((low + high) / 2, 0.1, low, high, 0.0, 0.95, 10)
-    assert said in report_sections._read_swap(subject, ROWS, difference)[1]
+    report_sections._read_swap(section, subject, ROWS, difference)
+    assert said in section.reading[1] and section.claims[0]["verdict"] == verdict
+    assert "tell the two apart by +1.25" in section.reading[2] and compared in section.reading[2]
+    assert section.claims[1]["verdict"] == ("supported" if compared == "data's" else "not supported")
+
+
+def test_levels_that_the_data_do_not_tell_are_not_compared():
+    subject, section = Subject(deciding_pipeline(), "add"), Section("Decisions", [])
+    subject.data_information = ([], {}, {"structure": -1.0, "texture": float("nan")})
+    report_sections._read_swap(section, subject, ROWS, Bootstrap(1.0, 0.1, 0.6, 2.0, 0.0, 0.95, 10))
+    assert len(section.reading) == 2 and len(section.claims) == 1
+
+
+def test_claims_reach_the_card(tmp_path, capsys):
+    folder = built_in_pipeline(tmp_path / "pipeline", "band_gate")
+    words = ["--pipeline", str(folder), "--out", str(tmp_path / "report"), *SMALL, "--sections", "gates"]
+    main(words)
+    assert not (folder / "analysis.json").exists()
+    main([*words, "--update_card"])
+    kept = json.loads((folder / "analysis.json").read_text())
+    [claim] = kept["claims"]
+    assert claim["claim"] == "In every branch the low band gives way to the high one as noise falls."
+    assert kept["command"] == (
+        "python training/analyze.py --pipeline FOLDER --out report --images 4 --steps 4 --pairs 3 --levels 3 "
+        "--sections gates"
+    )
+    card = (folder / "README.md").read_text()
+    assert f"| {claim['claim']} | {claim['verdict']} |" in card and kept["command"] in card
+    # A section that can test nothing is no reason for an empty table.
+    words[-1] = "decisions"
+    plain = make_pipeline(tiny_transformer("adaln_zero"), vae=tiny_vae_tiny())
+    plain.save_pretrained(tmp_path / "plain")
+    words[1] = str(tmp_path / "plain")
+    with pytest.raises(SystemExit, match="`update_card`: the sections decisions have tested no claim"):
+        main([*words, "--update_card"])
+    with pytest.raises(
+        SystemExit, match=r"`update_card` needs a pipeline folder, and `pipeline` \(user/model\) is none"
+    ):
+        main(["--pipeline", "user/model", "--update_card"])
 
 
 def test_the_control_of_band_gate_is_not_read_as_frequencies():

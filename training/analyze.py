@@ -6,6 +6,7 @@ Writes `report.html`, with all figures inside, and under `--out`/sections the fi
 parquet. Sections: the order in which octaves are made; the gates over time; interventions (a label in one path alone,
 another gate), from the same noise; and, for models of the built-in data, what the label can say at which noise level,
 and at which structure and texture are decided. What has not changed since the last call is not measured again.
+The page begins with the claims that were tested and what came of each; `--update_card` puts these into the model card.
 """
 
 import argparse
@@ -24,10 +25,12 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 from freqgate_dit import __version__
 from freqgate_dit.devices import choose_device
 from freqgate_dit.files import write_text
+from freqgate_dit.findings import Findings
+from freqgate_dit.model_card import write_card
 from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
-from freqgate_dit.training.report_page import digest, keep_section, render_page
+from freqgate_dit.training.report_page import FORMAT, Section, digest, keep_section, render_page
 from freqgate_dit.training.report_sections import SECTIONS, Subject
 
 
@@ -48,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", nargs="+", default=[], help="of a text-conditional pipeline, used in turn")
     parser.add_argument("--sampler", help="as for training/evaluation.py (default: the pipeline's own)")
     parser.add_argument("--cpu_threads", type=int, help="by default all cores")
+    parser.add_argument("--update_card", action="store_true", help="put the claims into the pipeline's model card")
     return parser
 
 
@@ -71,12 +75,39 @@ def main(arguments: list[str] | None = None):
         raise SystemExit(f"error: {error}") from error
 
 
+def update_card(given: argparse.Namespace, sections: list[Section], sampler: str):
+    """Put the claims into the pipeline's folder, and write its card anew.
+
+    Raises:
+        ValueError: if no section has tested one.
+    """
+    claims = [claim for section in sections for claim in section.claims]
+    if not claims:
+        raise ValueError(
+            f"`update_card`: the sections {', '.join(given.sections)} have tested no claim on this model."
+        )
+    folder = Path(given.pipeline).expanduser()
+    counts = {name: getattr(given, name) for name in ("images", "steps", "pairs", "levels", "seed")}
+    command = ["python training/analyze.py --pipeline FOLDER --out report"]
+    default = make_parser().get_default
+    command += [f"--{name} {count}" for name, count in counts.items() if count != default(name)]
+    if given.sections != list(SECTIONS):
+        command.append(f"--sections {' '.join(given.sections)}")
+    path = Findings(claims, {**counts, "sampler": sampler, "guidance": "none"}, " ".join(command)).save(folder)
+    write_card(folder)
+    print(f"\nwrote the claims into {path} and the model card, {folder / 'README.md'}")
+
+
 def run(given: argparse.Namespace):
     for name, least in LEAST.items():
         if getattr(given, name) < least:
             raise ValueError(f"`{name}` ({getattr(given, name)}) must be at least {least}.")
     if given.levels > given.steps:
         raise ValueError(f"`levels` ({given.levels}) must be at most `steps` ({given.steps}).")
+    if given.update_card and not Path(given.pipeline).expanduser().is_dir():
+        raise ValueError(
+            f"`update_card` needs a pipeline folder, and `pipeline` ({given.pipeline}) is none: download it first."
+        )
     use_all_cores(given.cpu_threads)
     model = load_model(given.pipeline, given.sampler, "auto", choose_device())
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
@@ -88,7 +119,9 @@ def run(given: argparse.Namespace):
             progress.set_postfix_str(name)
             if model.weights["checkpoint"] is None:  # weights that have no digest are never the same
                 shutil.rmtree(given.out / "sections" / name, ignore_errors=True)
-            key = digest(name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype, given.prompts)
+            key = digest(
+                FORMAT, name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype, given.prompts
+            )
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
             progress.write(f"{name}: {'measured' if is_new else 'unchanged, kept'}")
             sections.append(section)
@@ -101,6 +134,8 @@ def run(given: argparse.Namespace):
     write_text(given.out / "report.html", render_page(f"What {name_of(model)} does with frequency", facts, sections))
     for section in sections:
         print(f"\n{section.title}\n" + "\n".join(f"  {paragraph}" for paragraph in section.reading))
+    if given.update_card:
+        update_card(given, sections, scheduler["class"])
     print(f"\nwrote {given.out / 'report.html'}, figures and tables in {given.out / 'sections'}")
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from freqgate_dit import FreqGateDiTPipeline, __version__
 from freqgate_dit.analysis import mechanism_figures
 from freqgate_dit.files import replace_folder
+from freqgate_dit.findings import FILE as FINDINGS
 from freqgate_dit.model_card import write_card
 from freqgate_dit.training.config import TrainingRun, is_local
 from freqgate_dit.training.data import BUILT_IN, LabelledImages
@@ -76,6 +77,7 @@ def describe_other_weights(folder: Path, pipeline: FreqGateDiTPipeline, weights:
     _write_summary(folder, {**summary, "weights": weights, "heldout": None})
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     shutil.rmtree(folder / "figures", ignore_errors=True)
+    (folder / FINDINGS).unlink(missing_ok=True)
     _draw_figures(pipeline, folder / "figures", {})
     write_card(folder, name=name)
 

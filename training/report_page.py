@@ -15,6 +15,9 @@ from pathlib import Path
 from freqgate_dit.files import read_json, write_text
 
 
+FORMAT = 2  # of `section.json`
+
+
 @dataclass
 class Section:
     """A part of a report.
@@ -25,6 +28,7 @@ class Section:
         figures: file name without ending -> matplotlib figure; after loading, path of the PNG.
         tables: name -> rows, dictionaries with the same keys.
         shown: names of the tables that are on the page; the others are files alone.
+        claims: what was tested about the model, "claim", "verdict" and "evidence" each (`freqgate_dit.findings`).
     """
 
     title: str
@@ -32,6 +36,12 @@ class Section:
     figures: dict = field(default_factory=dict)
     tables: dict[str, list[dict]] = field(default_factory=dict)
     shown: tuple[str, ...] = ()
+    claims: list[dict] = field(default_factory=list)
+
+    def claim(self, claim: str, is_so: bool | None, evidence: str):
+        """Add a claim: supported, not supported, or, for `None`, undecided."""
+        verdict = "undecided" if is_so is None else "supported" if is_so else "not supported"
+        self.claims.append({"claim": claim, "verdict": verdict, "evidence": evidence})
 
 
 def digest(*parts) -> str:
@@ -86,6 +96,7 @@ img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+table.text td { white-space: normal; text-align: left; vertical-align: top; }
 .facts { color: #555; font-size: .9rem; }
 """
 
@@ -100,6 +111,9 @@ def render_page(title: str, facts: list[str], sections: list[Section]) -> str:
         f"<h1>{html.escape(title)}</h1>",
         *(f'<p class="facts">{html.escape(fact)}</p>' for fact in facts),
     ]
+    claims = [claim for section in sections for claim in section.claims]
+    if claims:
+        parts += ["<h2>In short</h2>", _table(claims).replace("<table>", '<table class="text">')]
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.reading]

@@ -32,6 +32,9 @@ LEAST_SHOWN = 0.5
 SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
 SAME_DECISION = 0.5
 SMALL_INDEX = 0.1
+SAME_DIRECTION = 0.5  # three channels of four
+SMALL_CHANGE = 0.01  # of the held-out loss
+COARSE_TO_FINE = "from coarse to fine"
 MOST_CLASSES = 8  # that the traces' table lists one by one
 
 
@@ -107,6 +110,21 @@ class Subject:
     @cached_property
     def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.real_images(512, "validation")
+
+    @cached_property
+    def data_information(self) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+        """What a classifier of noisy images knows, `factor_information`, and the level of half of it by factor."""
+        levels, curves = factor_information(self.world, self.image_size)
+        return levels, curves, {name: half_level(levels, nats) for name, nats in curves.items()}
+
+    @property
+    def data_difference(self) -> float | None:
+        """By how much more log-SNR half of the texture is known than half of the structure; `None` if untold."""
+        if self.pipe.vae is not None:
+            return None  # that classifier reads noisy images, and the noise is on latents
+        half = self.data_information[2]
+        difference = half["texture"] - half["structure"]
+        return difference if np.isfinite(difference) else None
 
     @cached_property
     def data_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
@@ -195,8 +213,18 @@ def trace_section(subject: Subject) -> Section:
             for band, level in zip(trace.bands, trace.arrival(images=images)):
                 row[f"{band} cycles"] = level
             section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
+        what = space if len(spaces) > 1 else "image"
+        order, levels = order_of(trace.arrival()), list_levels(trace.bands, trace.arrival())
         section.reading.append(
-            _read_arrival(space if len(spaces) > 1 else "image", trace.bands, trace.arrival(), count)
+            f"Mean over {count} images. Each octave of the predicted clean {what} reaches nine tenths of its final "
+            f"power at a log-SNR of ({levels}): {order}. On data whose power falls with frequency any good denoiser "
+            "goes from coarse to fine, whatever its conditioning: at a given noise level only the octaves that stand "
+            "out of the noise can be told."
+        )
+        section.claim(
+            f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data).",
+            order == COARSE_TO_FINE,
+            f"{order}; log-SNR {levels}",
         )
         if of_data is not None:
             ratio = power[-1] / of_data
@@ -221,25 +249,22 @@ def trace_section(subject: Subject) -> Section:
     return section
 
 
-def _read_arrival(space: str, bands: list[str], arrival: list[float], count: int) -> str:
+def list_levels(bands: list[str], levels: list[float]) -> str:
+    return ", ".join(f"{band}: {level:+.1f}" for band, level in zip(bands, levels))
+
+
+def order_of(arrival: list[float]) -> str:
+    """In which order the octaves arrive, in words, by their log-SNR from the lowest frequency to the highest."""
     finite = np.array([level for level in arrival if np.isfinite(level)])
     if not len(finite):
-        order = "not to be told"
-    elif np.ptp(finite) < SAME_LEVEL:
-        order = "all at about the same level"
-    elif (np.diff(finite) > -SAME_LEVEL).all() and finite[-1] - finite[0] > SAME_LEVEL:
-        order = "from coarse to fine"
-    elif (np.diff(finite) < SAME_LEVEL).all() and finite[0] - finite[-1] > SAME_LEVEL:
-        order = "from fine to coarse"
-    else:
-        order = "not in the order of their frequencies"
-    levels = ", ".join(f"{band}: {level:+.1f}" for band, level in zip(bands, arrival))
-    return (
-        f"Mean over {count} images. Each octave of the predicted clean {space} reaches nine tenths of its final power "
-        f"at a log-SNR of ({levels}): {order}. On data whose power falls with frequency any good denoiser goes from "
-        "coarse to fine, whatever its conditioning: at a given noise level only the octaves that stand out of the "
-        "noise can be told."
-    )
+        return "not to be told"
+    if np.ptp(finite) < SAME_LEVEL:
+        return "all at about the same level"
+    if (np.diff(finite) > -SAME_LEVEL).all() and finite[-1] - finite[0] > SAME_LEVEL:
+        return COARSE_TO_FINE
+    if (np.diff(finite) < SAME_LEVEL).all() and finite[0] - finite[-1] > SAME_LEVEL:
+        return "from fine to coarse"
+    return "not in the order of their frequencies"
 
 
 # -- gates ------------------------------------------------------------------------------------------------------------
@@ -303,7 +328,13 @@ def block_gate_section(subject: Subject) -> Section:
                 "it would have 1 and 1, or with its paths exchanged -1 and -1."
             )
         figures = {"gate": plots.gate_curves(timesteps, gates)}
-        return Section(title, [reading], figures, {"gates": statistics, "gate_means": rows}, ("gates",))
+        section = Section(title, [reading], figures, {"gates": statistics, "gate_means": rows}, ("gates",))
+        section.claim(
+            "The gates of all blocks, and of most channels, go one way (which way is no evidence of coarse to fine).",
+            len(set(signs)) == 1 and mean["agreement"] > SAME_DIRECTION,
+            f"blocks {signs}, agreement of channels {mean['agreement']:.2f}",
+        )
+        return section
     if "band" in kinds:
         timesteps, low, high = band_gain_table(transformer)
         levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
@@ -332,7 +363,14 @@ def block_gate_section(subject: Subject) -> Section:
             f"way to the high one as noise falls. {meaning}"
         )
         figures = {"band_gains": plots.band_gain_curves(timesteps, low, high)}
-        return Section(title, [reading], figures, {"gains": rows}, ("gains",))
+        section = Section(title, [reading], figures, {"gains": rows}, ("gains",))
+        section.claim(
+            "In every branch the low band gives way to the high one as noise falls"
+            + ("." if is_frequency else " (bands of this control are random directions)."),
+            bool(falling == 1),
+            f"{falling:.0%} of {len(rows)} gated branches",
+        )
+        return section
     return Section(
         title,
         [f"{type(transformer).__name__} has no gates over time or frequency: there is nothing to show here."],
@@ -409,6 +447,12 @@ def intervention_section(subject: Subject) -> Section:
             f"mirrored timestep by {losses['gate reversed'] / losses['none'] - 1:+.2%}: that much hangs on their "
             f"course."
         )
+        section.claim(
+            f"The model depends on the course of its gates: held at their mean over time, its held-out loss rises by "
+            f"more than {SMALL_CHANGE:.0%}.",
+            change > SMALL_CHANGE,
+            f"{change:+.1%}",
+        )
     if judged and "no condition in high" in found and "no condition in low" in found:
         index = dissociation(correct)
         section.tables["dissociation"] = [
@@ -417,18 +461,27 @@ def intervention_section(subject: Subject) -> Section:
         section.shown += ("dissociation",)
         shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
         if min(shown.values()) < LEAST_SHOWN:
-            verdict = (
-                f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
-                f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
+            is_so, verdict = (
+                None,
+                (
+                    f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
+                    f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
+                ),
             )
         elif index.low > SMALL_INDEX:
-            verdict = "the path called Low serves structure more than texture, compared with High"
+            is_so, verdict = True, "the path called Low serves structure more than texture, compared with High"
         elif index.high < -SMALL_INDEX:
-            verdict = "the path called Low serves texture more than structure, compared with High"
+            is_so, verdict = False, "the path called Low serves texture more than structure, compared with High"
         elif -SMALL_INDEX < index.low and index.high < SMALL_INDEX:
-            verdict = "structure and texture are hardly shared out between the two paths"
+            is_so, verdict = False, "structure and texture are hardly shared out between the two paths"
         else:
-            verdict = "undecided, more images would tell"
+            is_so, verdict = None, "undecided, more images would tell"
+        section.claim(
+            "Low carries the condition of structure, High that of texture.",
+            is_so,
+            f"double dissociation index {index.estimate:+.3f} [{index.low:+.3f}, {index.high:+.3f}] of at most 0.875: "
+            f"{verdict}",
+        )
         section.reading.append(
             f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over "
             f"images; "
@@ -561,35 +614,55 @@ def decision_section(subject: Subject) -> Section:
         }
         section.tables.setdefault("levels", []).append(row)
         if kind == "swap":
-            section.reading += _read_swap(subject, levels, difference)
+            _read_swap(section, subject, levels, difference)
     return section
 
 
-def _read_swap(subject: Subject, levels: dict, difference) -> list[str]:
-    predicted = PREDICTED[subject.world]
-    names = {1: "texture after structure", -1: "texture before structure", 0: "both at about the same level"}
+def _read_swap(section: Section, subject: Subject, levels: dict, difference):
+    predicted, of_data = PREDICTED[subject.world], subject.data_difference
+    interval = f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs)"
+    section.reading.append(
+        f"{subject.num_pairs} pairs of labels, exchanged at {subject.num_levels} noise levels. Structure is decided "
+        f"at a log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference {interval}. The "
+        "interval is of this one model's samples, not of training."
+    )
     if -SAME_DECISION < difference.low and difference.high < SAME_DECISION:
         found = 0
     elif difference.low > 0 or difference.high < 0:
         found = 1 if difference.low > 0 else -1
     else:
         found = None
-    verdict = (
-        "Undecided: more pairs would tell."
-        if found is None
-        else f"Found: {names[found]}. That is {'as' if found == predicted else 'other than'}"
-    )
-    if found is not None:
-        verdict += (
-            f" predicted for the world '{subject.world}' if lower frequencies are decided first ({names[predicted]})."
+    names = {1: "texture after structure", -1: "texture before structure", 0: "both at about the same level"}
+    if found is None:
+        verdict = "Undecided: more pairs would tell."
+    else:
+        verdict = (
+            f"Found: {names[found]}. That is {'as' if found == predicted else 'other than'} predicted for the world "
+            f"'{subject.world}' if lower frequencies are decided first ({names[predicted]})."
         )
-    return [
-        f"{subject.num_pairs} pairs of labels, exchanged at {subject.num_levels} noise levels. Structure is decided "
-        f"at "
-        f"a log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference "
-        f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs).",
-        f"{verdict} The interval is of this one model's samples, not of training.",
-    ]
+    section.reading.append(verdict)
+    section.claim(
+        f"The factor of the lower frequency is decided first (world '{subject.world}': {names[predicted]}).",
+        None if found is None else found == predicted,
+        f"texture minus structure {interval}",
+    )
+    if of_data is None:
+        return
+    if difference.low > of_data + SAME_DECISION:
+        compared, is_so = "the model decides the texture later still, compared with the structure", False
+    elif difference.high < of_data - SAME_DECISION:
+        compared, is_so = "the model decides the texture earlier than that, compared with the structure", False
+    else:
+        compared, is_so = "the model's order is the data's", True
+    section.reading.append(
+        f"The noisy images themselves tell the two apart by {of_data:+.2f}, whatever the denoiser: {compared}. Only "
+        "what goes beyond the data can be the model's own preference."
+    )
+    section.claim(
+        f"Structure and texture are decided as far apart as the noisy data tell them, to {SAME_DECISION} nats.",
+        is_so,
+        f"texture minus structure {interval}; of the data {of_data:+.2f}",
+    )
 
 
 # -- information ------------------------------------------------------------------------------------------------------
@@ -614,17 +687,22 @@ def information_section(subject: Subject) -> Section:
         ]
         section.shown += ("ceiling",)
         section.reading.append(_read_ceiling(result))
+        error = 2 * result.information_se
+        section.claim(
+            "The model's use of the label is no more than there is to know, so guidance is what it is taken for.",
+            result.information - error <= result.label_entropy and result.information + error >= 0,
+            f"{result.information:.2f} +- {error:.2f} of {result.label_entropy:.2f} nats",
+        )
     if subject.pipe.vae is None:
-        levels, factor_curves = factor_information(subject.world, subject.image_size)
-        half = {name: half_level(levels, nats) for name, nats in factor_curves.items()}
+        levels, factor_curves, half = subject.data_information
         section.tables["information_of_the_data"] = [
             {"log_snr": float(level), **{name: float(nats[i]) for name, nats in factor_curves.items()}}
             for i, level in enumerate(levels)
         ]
-        if not np.isfinite(list(half.values())).all():
+        if subject.data_difference is None:
             section.reading.append("A classifier of noisy images learns next to nothing here, so it tells no level.")
         else:
-            section.tables["half"] = [{**half, "difference": half["texture"] - half["structure"]}]
+            section.tables["half"] = [{**half, "difference": subject.data_difference}]
             section.shown += ("half",)
             section.reading.append(
                 "Of the data alone, whatever the model: half of what a classifier of noisy images can know of the "
