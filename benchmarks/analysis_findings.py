@@ -5,15 +5,17 @@
     python benchmarks/analysis_findings.py --reports runs/reports/freq_gate_seed* --out results/analysis_freq_gate.json
 
 Printed: the direction of each gate by seed, the double dissociation index and the decision levels by seed, with
-t-intervals of the mean over seeds.
+t-intervals of the mean over seeds. `--figure` draws the gates of each seed.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 from output import print_table, write_result
 
+from freqgate_dit.plots import seed_curves
 from freqgate_dit.statistics import paired_difference
 
 
@@ -37,6 +39,25 @@ def over_seeds(values: list[float]) -> dict:
     """Mean and 95 % t-interval over seeds; needs two."""
     found = paired_difference(values, [0.0] * len(values))
     return {"by_seed": values, "mean": found.mean, "low": found.low, "high": found.high}
+
+
+def draw_gates(reports: list[Path]):
+    """The gate curves of all reports; of Freq-Gate each block's mean gate, of Band-Gate low over high of each branch.
+
+    Raises:
+        ValueError: if a report has none, or not those of the others.
+    """
+    kinds = {"gate_means": ("mean_gate", "gate g (1: Low, 0: High)"), "gain_curves": ("low_over_high_dB", "dB")}
+    for table, (value, ylabel) in kinds.items():
+        curves = [read_table(report, f"gates/{table}") for report in reports]
+        if not all(curves):
+            continue
+        parts = list(dict.fromkeys((row["block"], row.get("branch", "")) for row in curves[0]))
+        levels = list(dict.fromkeys(row["log_snr"] for row in curves[0]))
+        values = np.array([[row[value] for row in rows] for rows in curves]).reshape(len(reports), -1, len(parts))
+        names = [f"block {block} {branch}" for block, branch in parts]
+        return seed_curves(levels, values, [report.name for report in reports], names, ylabel)
+    raise ValueError("`reports` have no gates in common to draw: make the section `gates` of each.")
 
 
 def collect(reports: list[Path]) -> dict:
@@ -71,6 +92,12 @@ def collect(reports: list[Path]) -> dict:
             for name in losses[0]
             if name != "none"
         }
+    if all(losses):
+        result["effects"] = {
+            name: {band: [rows[name][band] for rows in losses] for band in losses[0][name] if band[:7] == "change_"}
+            for name in losses[0]
+            if name != "none"
+        }
     if all(tables["order/arrival"]):
         result["arrival"] = [table[0] for table in tables["order/arrival"]]
     return result
@@ -102,12 +129,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", type=Path, nargs="+", required=True, help="folders of training/analyze.py")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--figure", type=Path, help="PNG file for the gates by seed")
     arguments = parser.parse_args()
     if len(arguments.reports) < 2:
         raise SystemExit(f"`reports` ({len(arguments.reports)}): training noise shows from two seeds on.")
     result = collect(arguments.reports)
     print_findings(result)
     write_result(result, arguments.out)
+    if arguments.figure:
+        arguments.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw_gates(arguments.reports).savefig(arguments.figure)
 
 
 if __name__ == "__main__":

@@ -253,6 +253,32 @@ def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarr
     return figure
 
 
+def seed_curves(log_snr: Sequence[float], curves: np.ndarray, seeds: Sequence[str], parts: Sequence[str], ylabel: str):
+    """The same curve of models that differ in their training seed alone, and its mean, in a panel per part.
+
+    Args:
+        log_snr: `(T,)`.
+        curves: `(seeds, T, parts)`.
+        seeds, parts: names.
+    """
+    columns = min(4, len(parts))
+    rows = -(-len(parts) // columns)
+    figure, panels = new_figure(2.6 * columns + 1, 2.3 * rows + 0.6, rows, columns, sharex=True, sharey=True)
+    panels = np.atleast_1d(panels).ravel()
+    for axes, part, name in zip(panels, range(len(parts)), parts):
+        for index, seed in enumerate(seeds):
+            axes.plot(log_snr, curves[index, :, part], color=PALETTE[index % len(PALETTE)], lw=1, label=seed)
+        axes.plot(log_snr, curves[:, :, part].mean(0), color="black", lw=2, label="mean")
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(parts) :]:
+        axes.remove()
+    panels[0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("log-SNR (left noise, right clean)", fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
+    return figure
+
+
 def spectral_gate_curves(log_snr: Sequence[float], learned: np.ndarray, wiener: np.ndarray):
     """A learned spectral gate (solid) beside the Wiener gate that it started from (dashed), per ring of frequency.
 

@@ -129,8 +129,11 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
     names = [row["intervention"] for row in section.tables["interventions"]]
     paths = ["no condition in low", "no condition in high"]
     assert names == ["none", "no condition", *paths, "gate zero", "gate mean", "gate reversed"]
-    gains = report_sections.gate_section(subject).tables["gains"]
+    tables = report_sections.gate_section(subject).tables
+    gains, curves = tables["gains"], tables["gain_curves"]
     assert {row["branch"] for row in gains} == {"attention", "mlp"}
+    assert curves[0]["low_over_high_dB"] == gains[0]["low_over_high_dB_clean"]
+    assert curves[-1]["low_over_high_dB"] == gains[-1]["low_over_high_dB_in_noise"]
 
 
 def test_decisions_of_a_network_that_decides_at_known_levels():

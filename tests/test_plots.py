@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from freqgate_dit.plots import band_gain_curves, gate_curves, image_grid, loss_curves, validation_heatmap
+from freqgate_dit.plots import band_gain_curves, gate_curves, image_grid, loss_curves, seed_curves, validation_heatmap
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation
 
@@ -130,3 +130,14 @@ def test_band_gain_curves_are_decibel_of_low_over_high(tmp_path):
     np.testing.assert_allclose(mlp.lines[1].get_ydata(), -20, rtol=1e-6)
     save(figure, tmp_path / "band_gains.png")
     save(band_gain_curves(range(5), 0 * low, 0 * high), tmp_path / "untrained.png")  # all gates are zero
+
+
+@pytest.mark.parametrize("parts", [1, 6])
+def test_curves_by_seed_and_their_mean(parts, tmp_path):
+    levels, curves = np.linspace(-8, 8, 5), np.random.default_rng(0).normal(size=(3, 5, parts))
+    figure = seed_curves(levels, curves, ["a", "b", "c"], [f"block {i}" for i in range(parts)], "gate")
+    assert len(figure.axes) == parts
+    for part, axes in enumerate(figure.axes):
+        drawn = np.array([line.get_ydata() for line in axes.lines])
+        assert np.array_equal(drawn, [*curves[:, :, part], curves[:, :, part].mean(0)])
+    save(figure, tmp_path / "seeds.png")

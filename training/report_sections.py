@@ -363,7 +363,18 @@ def block_gate_section(subject: Subject) -> Section:
             f"way to the high one as noise falls. {meaning}"
         )
         figures = {"band_gains": plots.band_gain_curves(timesteps, low, high)}
-        section = Section(title, [reading], figures, {"gains": rows}, ("gains",))
+        curves = [
+            {
+                "timestep": float(step),
+                "log_snr": float(level),
+                "block": row["block"],
+                "branch": row["branch"],
+                "low_over_high_dB": float(ratio[i, row["block"], ("attention", "mlp").index(row["branch"])]),
+            }
+            for i, (step, level) in enumerate(zip(timesteps, levels))
+            for row in rows
+        ]
+        section = Section(title, [reading], figures, {"gains": rows, "gain_curves": curves}, ("gains",))
         section.claim(
             "In every branch the low band gives way to the high one as noise falls"
             + ("." if is_frequency else " (bands of this control are random directions)."),
