@@ -45,19 +45,22 @@ def draw_gates(reports: list[Path]):
     """The gate curves of all reports; of Freq-Gate each block's mean gate, of Band-Gate low over high of each branch.
 
     Raises:
-        ValueError: if a report has none, or not those of the others.
+        SystemExit: if a report has none, or not those of the others.
     """
     kinds = {"gate_means": ("mean_gate", "gate g (1: Low, 0: High)"), "gain_curves": ("low_over_high_dB", "dB")}
     for table, (value, ylabel) in kinds.items():
         curves = [read_table(report, f"gates/{table}") for report in reports]
         if not all(curves):
             continue
-        parts = list(dict.fromkeys((row["block"], row.get("branch", "")) for row in curves[0]))
-        levels = list(dict.fromkeys(row["log_snr"] for row in curves[0]))
+        keys = [[(row["log_snr"], row["block"], row.get("branch", "")) for row in rows] for rows in curves]
+        if any(other != keys[0] for other in keys):
+            raise SystemExit("`reports` are of models with other blocks, branches or noise: name those of one recipe.")
+        levels = list(dict.fromkeys(key[0] for key in keys[0]))
+        parts = list(dict.fromkeys(key[1:] for key in keys[0]))
         values = np.array([[row[value] for row in rows] for rows in curves]).reshape(len(reports), -1, len(parts))
         names = [f"block {block} {branch}" for block, branch in parts]
         return seed_curves(levels, values, [report.name for report in reports], names, ylabel)
-    raise ValueError("`reports` have no gates in common to draw: make the section `gates` of each.")
+    raise SystemExit("`reports` have no gates in common to draw: make the section `gates` of each.")
 
 
 def collect(reports: list[Path]) -> dict:

@@ -47,10 +47,7 @@ class Evaluation:
                 raise ValueError(f"{where} has the value {metric['value']}, which is no finite number: give one.")
             if metric["format"] not in ("percent", "number"):
                 raise ValueError(f"{where} has the format {metric['format']!r}: choose 'percent' or 'number'.")
-        check_kinds("`protocol`", self.protocol, dict.fromkeys(self.protocol, (str, int, float, type(None))))
-        for name, value in self.protocol.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"`protocol` has {name!r} {value}, which is no finite number: give one.")
+        check_protocol(self.protocol)
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
@@ -91,13 +88,26 @@ def add_evaluation(folder: str | Path, name: str, evaluation: Evaluation) -> Pat
     Raises:
         ValueError: if `folder` is no pipeline folder or `name` cannot be a file's.
     """
-    if not (Path(folder) / "model_index.json").is_file():
-        raise ValueError(f"`folder` ({folder}) is no pipeline folder, for it has no model_index.json: name another.")
+    refuse_other_folder(folder)
     if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
         raise ValueError(f"`name` ({name!r}) becomes a file's name: use letters, digits, '-', '_' and '.' only.")
     path = Path(folder) / "evaluation" / f"{name}.json"
     evaluation.save(path)
     return path
+
+
+def refuse_other_folder(folder: str | Path):
+    """Raise if it is no pipeline folder."""
+    if not (Path(folder) / "model_index.json").is_file():
+        raise ValueError(f"`folder` ({folder}) is no pipeline folder, for it has no model_index.json: name another.")
+
+
+def check_protocol(protocol: dict):
+    """Raise unless all is text or finite numbers."""
+    check_kinds("`protocol`", protocol, dict.fromkeys(protocol, (str, int, float, type(None))))
+    for name, value in protocol.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`protocol` has {name!r} {value}, which is no finite number: give one.")
 
 
 def refuse_absolute_paths(where: str, *texts):

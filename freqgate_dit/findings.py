@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from freqgate_dit.evaluations import check_kinds, refuse_absolute_paths
+from freqgate_dit.evaluations import check_kinds, check_protocol, refuse_absolute_paths, refuse_other_folder
 from freqgate_dit.files import read_json, write_text
 
 
@@ -30,7 +30,7 @@ class Findings:
     command: str
 
     def __post_init__(self):
-        check_kinds("the findings", vars(self), {"claims": list, "protocol": dict, "command": str})
+        check_kinds("`Findings`", vars(self), {"claims": list, "protocol": dict, "command": str})
         if not self.claims:
             raise ValueError("`claims` is empty: give at least one.")
         for index, claim in enumerate(self.claims):
@@ -39,7 +39,7 @@ class Findings:
                 raise ValueError(
                     f"`claims[{index}]` has the verdict {claim['verdict']!r}: choose one of {', '.join(VERDICTS)}."
                 )
-        check_kinds("`protocol`", self.protocol, dict.fromkeys(self.protocol, (str, int, float, type(None))))
+        check_protocol(self.protocol)
 
     @classmethod
     def load(cls, path: Path) -> "Findings":
@@ -62,11 +62,9 @@ class Findings:
         Raises:
             ValueError: if it is no pipeline folder, or a text has an absolute path in it.
         """
-        if not (Path(folder) / "model_index.json").is_file():
-            raise ValueError(
-                f"`folder` ({folder}) is no pipeline folder, for it has no model_index.json: name another."
-            )
-        refuse_absolute_paths("the analysis", self.command, *self.protocol.values())
+        refuse_other_folder(folder)
+        evidence = [text for claim in self.claims for text in claim.values()]
+        refuse_absolute_paths("the analysis", self.command, *self.protocol.values(), *evidence)
         path = Path(folder) / FILE
         write_text(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
         return path

@@ -254,7 +254,7 @@ def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarr
 
 
 def seed_curves(log_snr: Sequence[float], curves: np.ndarray, seeds: Sequence[str], parts: Sequence[str], ylabel: str):
-    """The same curve of models that differ in their training seed alone, and its mean, in a panel per part.
+    """The same curve of models that differ in their training seed alone, in a panel per part.
 
     Args:
         log_snr: `(T,)`.
@@ -267,8 +267,7 @@ def seed_curves(log_snr: Sequence[float], curves: np.ndarray, seeds: Sequence[st
     panels = np.atleast_1d(panels).ravel()
     for axes, part, name in zip(panels, range(len(parts)), parts):
         for index, seed in enumerate(seeds):
-            axes.plot(log_snr, curves[index, :, part], color=PALETTE[index % len(PALETTE)], lw=1, label=seed)
-        axes.plot(log_snr, curves[:, :, part].mean(0), color="black", lw=2, label="mean")
+            axes.plot(log_snr, curves[index, :, part], color=PALETTE[index % len(PALETTE)], lw=1.3, label=seed)
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
     for axes in panels[len(parts) :]:

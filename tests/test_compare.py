@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tiny_runs import MODEL, ROOT
 
@@ -207,13 +208,26 @@ while len(list(folder.glob("run*"))) < 4:
     assert sorted((tmp_path / f"run{i}").read_text() for i in range(4)) == seen
 
 
-def test_gpus_are_those_that_may_be_seen(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-8f2a")
-    assert gpu_names() == ["1", "GPU-8f2a"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu_names() == []
+@pytest.mark.parametrize(
+    "visible, found, names",
+    [
+        (None, 2, ["0", "1"]),
+        ("3, GPU-8f2a", 2, ["3", "GPU-8f2a"]),
+        ("0,1,2", 2, ["0", "1"]),
+        ("1,-1,0", 1, ["1"]),
+        ("", 0, []),
+    ],
+)
+def test_gpus_are_those_that_torch_finds(visible, found, names, monkeypatch):
+    """CUDA sees what stands before the first name that it does not know; a run given that one alone would see none."""
+    devices = [torch.device("cuda", index) for index in range(found)]
+    monkeypatch.setattr("freqgate_dit.training.compare.accelerators", lambda: devices)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_names() == names
 
 
-def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
+def test_runs_at_a_time_share_the_cores(monkeypatch):
     monkeypatch.setattr("freqgate_dit.training.compare.available_cores", lambda: 7)
     assert [part_of_cores(parallel) for parallel in (1, 2, 8)] == [[], ["--cpu_threads", "3"], ["--cpu_threads", "1"]]

@@ -10,6 +10,7 @@ The page begins with the claims that were tested and what came of each; `--updat
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -75,7 +76,17 @@ def main(arguments: list[str] | None = None):
         raise SystemExit(f"error: {error}") from error
 
 
-def update_card(given: argparse.Namespace, sections: list[Section], sampler: str):
+def command_of(given: argparse.Namespace) -> str:
+    """What makes the report again, with the pipeline in FOLDER."""
+    words, parser = ["python training/analyze.py --pipeline FOLDER --out report"], make_parser()
+    for name, value in vars(given).items():
+        if name not in ("pipeline", "out", "cpu_threads", "update_card") and value != parser.get_default(name):
+            values = map(str, value) if isinstance(value, list) else [str(value)]
+            words.append(f"--{name} {shlex.join(values)}")
+    return " ".join(words)
+
+
+def update_card(given: argparse.Namespace, sections: list[Section], sampler: str, model: Model):
     """Put the claims into the pipeline's folder, and write its card anew.
 
     Raises:
@@ -83,17 +94,12 @@ def update_card(given: argparse.Namespace, sections: list[Section], sampler: str
     """
     claims = [claim for section in sections for claim in section.claims]
     if not claims:
-        raise ValueError(
-            f"`update_card`: the sections {', '.join(given.sections)} have tested no claim on this model."
-        )
+        raise ValueError("`update_card`: no section has tested a claim on this model, so there is none for its card.")
     folder = Path(given.pipeline).expanduser()
-    counts = {name: getattr(given, name) for name in ("images", "steps", "pairs", "levels", "seed")}
-    command = ["python training/analyze.py --pipeline FOLDER --out report"]
-    default = make_parser().get_default
-    command += [f"--{name} {count}" for name, count in counts.items() if count != default(name)]
-    if given.sections != list(SECTIONS):
-        command.append(f"--sections {' '.join(given.sections)}")
-    path = Findings(claims, {**counts, "sampler": sampler, "guidance": "none"}, " ".join(command)).save(folder)
+    protocol = {name: getattr(given, name) for name in ("images", "steps", "pairs", "levels", "seed", "batch_size")}
+    protocol |= {"sampler": sampler, "guidance": "none", "dtype": str(model.dtype), "freqgate_dit": __version__}
+    protocol["checkpoint"] = (model.weights["checkpoint"] or "not known")[:12]
+    path = Findings(claims, protocol, command_of(given)).save(folder)
     write_card(folder)
     print(f"\nwrote the claims into {path} and the model card, {folder / 'README.md'}")
 
@@ -108,6 +114,8 @@ def run(given: argparse.Namespace):
         raise ValueError(
             f"`update_card` needs a pipeline folder, and `pipeline` ({given.pipeline}) is none: download it first."
         )
+    if given.update_card and given.sections != list(SECTIONS):
+        raise ValueError("`update_card` replaces the claims of all sections: leave `sections` out.")
     use_all_cores(given.cpu_threads)
     model = load_model(given.pipeline, given.sampler, "auto", choose_device())
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
@@ -135,7 +143,7 @@ def run(given: argparse.Namespace):
     for section in sections:
         print(f"\n{section.title}\n" + "\n".join(f"  {paragraph}" for paragraph in section.reading))
     if given.update_card:
-        update_card(given, sections, scheduler["class"])
+        update_card(given, sections, scheduler["class"], model)
     print(f"\nwrote {given.out / 'report.html'}, figures and tables in {given.out / 'sections'}")
 
 

@@ -199,11 +199,10 @@ def part_of_cores(parallel: int) -> list[str]:
 
 
 def gpu_names() -> list[str]:
-    """What `CUDA_VISIBLE_DEVICES` may name, one by one."""
+    """What `CUDA_VISIBLE_DEVICES` may name, one by one: of what it names now, those that torch finds."""
+    found = [str(device.index) for device in accelerators() if device.type == "cuda"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    return [str(device.index) for device in accelerators() if device.type == "cuda"]
+    return found if visible is None else [name.strip() for name in visible.split(",")][: len(found)]
 
 
 def training_job(name: str, words: list[str], folder: Path) -> Job:

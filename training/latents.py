@@ -209,7 +209,7 @@ class LatentCache:
 
     The processes of a machine share the work: each calls `encode`, waits until all have, then calls `load`. Runs that
     know nothing of each other may encode the same data at once: each shard is whole, whoever wrote it, and each run
-    takes the missing ones in an order of its own, so that they hardly ever do the same one twice.
+    takes the missing ones in an order of its own, so that where there are many most are done once.
 
     Args:
         images: what to encode.

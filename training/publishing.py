@@ -71,13 +71,13 @@ def describe_other_weights(folder: Path, pipeline: FreqGateDiTPipeline, weights:
         weights: what they are, in words.
         name: that the folder will have.
     """
+    (folder / FINDINGS).unlink(missing_ok=True)
     if not (folder / SUMMARY).is_file():
         return  # of an earlier version of the package, which described nothing
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     _write_summary(folder, {**summary, "weights": weights, "heldout": None})
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     shutil.rmtree(folder / "figures", ignore_errors=True)
-    (folder / FINDINGS).unlink(missing_ok=True)
     _draw_figures(pipeline, folder / "figures", {})
     write_card(folder, name=name)
 

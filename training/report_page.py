@@ -96,7 +96,7 @@ img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-table.text td { white-space: normal; text-align: left; vertical-align: top; }
+table.text th, table.text td { white-space: normal; text-align: left; vertical-align: top; }
 .facts { color: #555; font-size: .9rem; }
 """
 
@@ -113,7 +113,7 @@ def render_page(title: str, facts: list[str], sections: list[Section]) -> str:
     ]
     claims = [claim for section in sections for claim in section.claims]
     if claims:
-        parts += ["<h2>In short</h2>", _table(claims).replace("<table>", '<table class="text">')]
+        parts += ["<h2>In short</h2>", _table(claims, "text")]
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.reading]
@@ -127,13 +127,13 @@ def _image(name: str, path: Path) -> str:
     return f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{content}">'
 
 
-def _table(rows: list[dict]) -> str:
+def _table(rows: list[dict], style: str = "numbers") -> str:
     names = list(rows[0])
     head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>" for row in rows
     )
-    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<div class="table"><table class="{style}"><tr>{head}</tr>{body}</table></div>'
 
 
 def _cell(value) -> str:

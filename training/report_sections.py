@@ -32,9 +32,10 @@ LEAST_SHOWN = 0.5
 SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
 SAME_DECISION = 0.5
 SMALL_INDEX = 0.1
-SAME_DIRECTION = 0.5  # three channels of four
+SAME_DIRECTION = 0.5  # three channels of four; or a correlation with log-SNR
+LEAST_RANGE = 0.01  # of a gate over time, for it to have moved
 SMALL_CHANGE = 0.01  # of the held-out loss
-COARSE_TO_FINE = "from coarse to fine"
+COARSE_TO_FINE, UNTOLD = "from coarse to fine", "not to be told"
 MOST_CLASSES = 8  # that the traces' table lists one by one
 
 
@@ -223,7 +224,7 @@ def trace_section(subject: Subject) -> Section:
         )
         section.claim(
             f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data).",
-            order == COARSE_TO_FINE,
+            None if order == UNTOLD else order == COARSE_TO_FINE,
             f"{order}; log-SNR {levels}",
         )
         if of_data is not None:
@@ -255,14 +256,14 @@ def list_levels(bands: list[str], levels: list[float]) -> str:
 
 def order_of(arrival: list[float]) -> str:
     """In which order the octaves arrive, in words, by their log-SNR from the lowest frequency to the highest."""
-    finite = np.array([level for level in arrival if np.isfinite(level)])
-    if not len(finite):
-        return "not to be told"
-    if np.ptp(finite) < SAME_LEVEL:
+    levels = np.array(arrival)
+    if not np.isfinite(levels).all():
+        return UNTOLD
+    if np.ptp(levels) < SAME_LEVEL:
         return "all at about the same level"
-    if (np.diff(finite) > -SAME_LEVEL).all() and finite[-1] - finite[0] > SAME_LEVEL:
+    if (np.diff(levels) > -SAME_LEVEL).all() and levels[-1] - levels[0] > SAME_LEVEL:
         return COARSE_TO_FINE
-    if (np.diff(finite) < SAME_LEVEL).all() and finite[0] - finite[-1] > SAME_LEVEL:
+    if (np.diff(levels) < SAME_LEVEL).all() and levels[0] - levels[-1] > SAME_LEVEL:
         return "from fine to coarse"
     return "not in the order of their frequencies"
 
@@ -287,6 +288,10 @@ def gate_section(subject: Subject) -> Section:
             "1). Unlike a gate of the blocks it is tied to its frequencies. For Gaussian data it would not move."
         )
     return section
+
+
+def listed(rows: list[dict], name: str, form: str) -> str:
+    return ", ".join(format(row[name], form) for row in rows)
 
 
 def block_gate_section(subject: Subject) -> Section:
@@ -330,9 +335,10 @@ def block_gate_section(subject: Subject) -> Section:
         figures = {"gate": plots.gate_curves(timesteps, gates)}
         section = Section(title, [reading], figures, {"gates": statistics, "gate_means": rows}, ("gates",))
         section.claim(
-            "The gates of all blocks, and of most channels, go one way (which way is no evidence of coarse to fine).",
-            len(set(signs)) == 1 and mean["agreement"] > SAME_DIRECTION,
-            f"blocks {signs}, agreement of channels {mean['agreement']:.2f}",
+            "In every block most channels' gates move one way (which way is no evidence of coarse to fine).",
+            all(row["agreement"] > SAME_DIRECTION and row["range"] > LEAST_RANGE for row in statistics),
+            f"agreement by block {listed(statistics, 'agreement', '.2f')}; movement of a channel "
+            f"{listed(statistics, 'range', '.2f')}",
         )
         return section
     if "band" in kinds:
@@ -376,10 +382,10 @@ def block_gate_section(subject: Subject) -> Section:
         ]
         section = Section(title, [reading], figures, {"gains": rows, "gain_curves": curves}, ("gains",))
         section.claim(
-            "In every branch the low band gives way to the high one as noise falls"
+            "Under the null condition the low band gives way to the high one in every branch as noise falls"
             + ("." if is_frequency else " (bands of this control are random directions)."),
-            bool(falling == 1),
-            f"{falling:.0%} of {len(rows)} gated branches",
+            all(row["correlation"] < -SAME_DIRECTION for row in rows),
+            f"correlation with log-SNR {listed(rows, 'correlation', '+.2f')}",
         )
         return section
     return Section(
@@ -462,7 +468,7 @@ def intervention_section(subject: Subject) -> Section:
             f"The model depends on the course of its gates: held at their mean over time, its held-out loss rises by "
             f"more than {SMALL_CHANGE:.0%}.",
             change > SMALL_CHANGE,
-            f"{change:+.1%}",
+            f"{change:+.2%}, on the same 512 images and noise",
         )
     if judged and "no condition in high" in found and "no condition in low" in found:
         index = dissociation(correct)
@@ -472,27 +478,19 @@ def intervention_section(subject: Subject) -> Section:
         section.shown += ("dissociation",)
         shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
         if min(shown.values()) < LEAST_SHOWN:
-            is_so, verdict = (
-                None,
-                (
-                    f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
-                    f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
-                ),
+            verdict = (
+                f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
+                f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
             )
         elif index.low > SMALL_INDEX:
-            is_so, verdict = True, "the path called Low serves structure more than texture, compared with High"
+            verdict = "the path called Low serves structure more than texture, compared with High"
         elif index.high < -SMALL_INDEX:
-            is_so, verdict = False, "the path called Low serves texture more than structure, compared with High"
+            verdict = "the path called Low serves texture more than structure, compared with High"
         elif -SMALL_INDEX < index.low and index.high < SMALL_INDEX:
-            is_so, verdict = False, "structure and texture are hardly shared out between the two paths"
+            verdict = "structure and texture are hardly shared out between the two paths"
         else:
-            is_so, verdict = None, "undecided, more images would tell"
-        section.claim(
-            "Low carries the condition of structure, High that of texture.",
-            is_so,
-            f"double dissociation index {index.estimate:+.3f} [{index.low:+.3f}, {index.high:+.3f}] of at most 0.875: "
-            f"{verdict}",
-        )
+            verdict = "undecided, more images would tell"
+        _claim_division(section, subject, index, correct, min(shown.values()))
         section.reading.append(
             f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over "
             f"images; "
@@ -546,6 +544,30 @@ def validate(subject: Subject, num_bins: int = 10, with_null: bool = False) -> V
         return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
 
     return validation.summarise(validation(denoise))
+
+
+def _claim_division(section: Section, subject: Subject, index, correct: dict, shown: float):
+    """Whether the paths share out structure and texture: of Freq-Gate, whose names are arbitrary, either way round."""
+    transformer = subject.pipe.transformer
+    division, other = index.low > SMALL_INDEX, index.high < -SMALL_INDEX
+    within = -SMALL_INDEX < index.low and index.high < SMALL_INDEX
+    if "band" not in transformer.block_class.inspectable:
+        claim, is_so = "One of Low and High serves structure more, the other texture", division or other
+    else:
+        claim, is_so = "The condition in Low serves structure more than texture, compared with that in High", division
+        if transformer.config.band_basis == "random":
+            claim += " (bands of this control are random directions)"
+    losses = ", ".join(
+        f"{correct['none'][factor].mean() - correct[f'no condition in {path}'][factor].mean():+.0%} {factor} in {path}"
+        for path in ("low", "high")
+        for factor in FACTORS
+    )
+    section.claim(
+        f"{claim}.",
+        is_so if shown >= LEAST_SHOWN and (division or other or within) else None,
+        f"double dissociation index {index.estimate:+.3f} [{index.low:+.3f}, {index.high:+.3f}] of at most 0.875; "
+        f"lost without the condition: {losses}",
+    )
 
 
 def hybrid_figure(subject: Subject, count: int = 6):
@@ -629,6 +651,14 @@ def decision_section(subject: Subject) -> Section:
     return section
 
 
+def side(interval, centre: float) -> int | None:
+    """Of an interval: 0 within `SAME_DECISION` of `centre`, 1 above it, -1 below it, `None` undecided."""
+    low, high = interval.low - centre, interval.high - centre
+    if -SAME_DECISION < low and high < SAME_DECISION:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else None
+
+
 def _read_swap(section: Section, subject: Subject, levels: dict, difference):
     predicted, of_data = PREDICTED[subject.world], subject.data_difference
     interval = f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs)"
@@ -637,12 +667,7 @@ def _read_swap(section: Section, subject: Subject, levels: dict, difference):
         f"at a log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference {interval}. The "
         "interval is of this one model's samples, not of training."
     )
-    if -SAME_DECISION < difference.low and difference.high < SAME_DECISION:
-        found = 0
-    elif difference.low > 0 or difference.high < 0:
-        found = 1 if difference.low > 0 else -1
-    else:
-        found = None
+    found = side(difference, 0.0)
     names = {1: "texture after structure", -1: "texture before structure", 0: "both at about the same level"}
     if found is None:
         verdict = "Undecided: more pairs would tell."
@@ -652,26 +677,28 @@ def _read_swap(section: Section, subject: Subject, levels: dict, difference):
             f"'{subject.world}' if lower frequencies are decided first ({names[predicted]})."
         )
     section.reading.append(verdict)
+    first = "The factor of the lower frequency is decided first" if predicted else "Neither factor is decided first"
     section.claim(
-        f"The factor of the lower frequency is decided first (world '{subject.world}': {names[predicted]}).",
+        f"{first} (world '{subject.world}': {names[predicted]}).",
         None if found is None else found == predicted,
         f"texture minus structure {interval}",
     )
     if of_data is None:
         return
-    if difference.low > of_data + SAME_DECISION:
-        compared, is_so = "the model decides the texture later still, compared with the structure", False
-    elif difference.high < of_data - SAME_DECISION:
-        compared, is_so = "the model decides the texture earlier than that, compared with the structure", False
-    else:
-        compared, is_so = "the model's order is the data's", True
+    beyond = side(difference, of_data)
+    compared = {
+        1: "the model decides the texture later still, compared with the structure",
+        -1: "the model decides the texture earlier than that, compared with the structure",
+        0: "the model's order is the data's",
+        None: "whether the model's order is the data's is undecided, more pairs would tell",
+    }[beyond]
     section.reading.append(
         f"The noisy images themselves tell the two apart by {of_data:+.2f}, whatever the denoiser: {compared}. Only "
         "what goes beyond the data can be the model's own preference."
     )
     section.claim(
         f"Structure and texture are decided as far apart as the noisy data tell them, to {SAME_DECISION} nats.",
-        is_so,
+        None if beyond is None else beyond == 0,
         f"texture minus structure {interval}; of the data {of_data:+.2f}",
     )
 
@@ -698,11 +725,12 @@ def information_section(subject: Subject) -> Section:
         ]
         section.shown += ("ceiling",)
         section.reading.append(_read_ceiling(result))
-        error = 2 * result.information_se
+        low, high = result.information - 2 * result.information_se, result.information + 2 * result.information_se
+        inside = 0 <= low and high <= result.label_entropy
         section.claim(
-            "The model's use of the label is no more than there is to know, so guidance is what it is taken for.",
-            result.information - error <= result.label_entropy and result.information + error >= 0,
-            f"{result.information:.2f} +- {error:.2f} of {result.label_entropy:.2f} nats",
+            "The information that the use of the label amounts to lies between nothing and the label's entropy.",
+            True if inside else False if high < 0 or low > result.label_entropy else None,
+            f"{result.information:.2f} [{low:.2f}, {high:.2f}] of {result.label_entropy:.2f} nats",
         )
     if subject.pipe.vae is None:
         levels, factor_curves, half = subject.data_information
