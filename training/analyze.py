@@ -29,7 +29,7 @@ from freqgate_dit.files import write_text
 from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import write_card
 from freqgate_dit.training.data import BUILT_IN
-from freqgate_dit.training.generation import Model, load_model, scheduler_arguments
+from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.report_page import FORMAT, Section, digest, keep_section, render_page
 from freqgate_dit.training.report_sections import SECTIONS, Subject
@@ -110,12 +110,10 @@ def run(given: argparse.Namespace):
             raise ValueError(f"`{name}` ({getattr(given, name)}) must be at least {least}.")
     if given.levels > given.steps:
         raise ValueError(f"`levels` ({given.levels}) must be at most `steps` ({given.steps}).")
-    if given.update_card and not Path(given.pipeline).expanduser().is_dir():
-        raise ValueError(
-            f"`update_card` needs a pipeline folder, and `pipeline` ({given.pipeline}) is none: download it first."
-        )
-    if given.update_card and given.sections != list(SECTIONS):
-        raise ValueError("`update_card` replaces the claims of all sections: leave `sections` out.")
+    if given.update_card:
+        check_card_folder(given.pipeline)
+        if given.sections != list(SECTIONS):
+            raise ValueError("`update_card` replaces the claims of all sections: leave `sections` out.")
     use_all_cores(given.cpu_threads)
     model = load_model(given.pipeline, given.sampler, "auto", choose_device())
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size

@@ -40,6 +40,7 @@ from freqgate_dit.devices import DTYPES
 from freqgate_dit.features import CACHE_DIR
 from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.comparison import SWEPT, Comparison
+from freqgate_dit.training.generation import check_card_folder
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.launching import PATIENCE
 from freqgate_dit.training.references import SPLITS
@@ -191,11 +192,8 @@ def check_arguments(given: argparse.Namespace):
         raise ValueError("`bootstrap` (1) must be 0, for none, or at least 2.")
     if given.features == "inception" and given.features_dtype == "bfloat16":
         raise ValueError("`features_dtype` bfloat16 would make numbers that are no FID: leave it out for inception.")
-    if given.update_card and not Path(given.pipeline).expanduser().is_dir():
-        raise ValueError(
-            f"`update_card` needs a pipeline folder, and `pipeline` ({given.pipeline}) is none: download it, or push "
-            "the card by `freqgate-dit push` afterwards."
-        )
+    if given.update_card:
+        check_card_folder(given.pipeline)
     given.sweep = parse_sweep(given) if given.sweep else None
 
 

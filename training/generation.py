@@ -94,6 +94,19 @@ def load_model(pipeline: str, sampler: str | None, dtype: str, device: torch.dev
     return Model(pipe, name, folder, summary, weights, str(number_type).removeprefix("torch."))
 
 
+def check_card_folder(pipeline: str):
+    """Refuse `update_card` where there is no folder whose card could be updated.
+
+    Raises:
+        ValueError: if `pipeline` is no folder of this machine.
+    """
+    if not Path(pipeline).expanduser().is_dir():
+        raise ValueError(
+            f"`update_card` needs a pipeline folder, and `pipeline` ({pipeline}) is none: download it, or push "
+            "the card by `freqgate-dit push` afterwards."
+        )
+
+
 def weights_digest(folder: Path) -> str | None:
     """SHA-256 of the file of weights in a folder, or of the digests of its shards; `None` if there are none."""
     digests = []

@@ -215,7 +215,9 @@ def trace_section(subject: Subject) -> Section:
                 row[f"{band} cycles"] = level
             section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
         what = space if len(spaces) > 1 else "image"
-        order, levels = order_of(trace.arrival()), list_levels(trace.bands, trace.arrival())
+        arrival = trace.arrival()
+        order = order_of(arrival)
+        levels = ", ".join(f"{band}: {level:+.1f}" for band, level in zip(trace.bands, arrival))
         section.reading.append(
             f"Mean over {count} images. Each octave of the predicted clean {what} reaches nine tenths of its final "
             f"power at a log-SNR of ({levels}): {order}. On data whose power falls with frequency any good denoiser "
@@ -248,10 +250,6 @@ def trace_section(subject: Subject) -> Section:
             "The pipeline holds no spectrum of the training data, so there is nothing to compare with."
         )
     return section
-
-
-def list_levels(bands: list[str], levels: list[float]) -> str:
-    return ", ".join(f"{band}: {level:+.1f}" for band, level in zip(bands, levels))
 
 
 def order_of(arrival: list[float]) -> str:
@@ -325,12 +323,11 @@ def block_gate_section(subject: Subject) -> Section:
             "interventions below are."
         )
         if known:
-            correlations = ", ".join(f"{row['wiener_correlation']:+.2f}" for row in statistics)
-            slopes = ", ".join(f"{row['wiener_slope']:+.2f}" for row in statistics)
             reading += (
                 f" Against the Wiener gain of the training data (the share of signal at that noise level, mean over "
-                f"octaves) the mean gates correlate by {correlations}, with slopes of {slopes}; a gate that followed "
-                "it would have 1 and 1, or with its paths exchanged -1 and -1."
+                f"octaves) the mean gates correlate by {listed(statistics, 'wiener_correlation', '+.2f')}, with "
+                f"slopes of {listed(statistics, 'wiener_slope', '+.2f')}; a gate that followed it would have 1 and 1, "
+                "or with its paths exchanged -1 and -1."
             )
         figures = {"gate": plots.gate_curves(timesteps, gates)}
         section = Section(title, [reading], figures, {"gates": statistics, "gate_means": rows}, ("gates",))
@@ -477,20 +474,20 @@ def intervention_section(subject: Subject) -> Section:
         ]
         section.shown += ("dissociation",)
         shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
+        serves = division(index)
+        verdict = {
+            1: "the path called Low serves structure more than texture, compared with High",
+            -1: "the path called Low serves texture more than structure, compared with High",
+            0: "structure and texture are hardly shared out between the two paths",
+            None: "undecided, more images would tell",
+        }[serves]
         if min(shown.values()) < LEAST_SHOWN:
-            verdict = (
+            serves, verdict = (
+                None,
                 f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
-                f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
+                f"{shown['texture']:.0%} of textures, and what is not there cannot be lost",
             )
-        elif index.low > SMALL_INDEX:
-            verdict = "the path called Low serves structure more than texture, compared with High"
-        elif index.high < -SMALL_INDEX:
-            verdict = "the path called Low serves texture more than structure, compared with High"
-        elif -SMALL_INDEX < index.low and index.high < SMALL_INDEX:
-            verdict = "structure and texture are hardly shared out between the two paths"
-        else:
-            verdict = "undecided, more images would tell"
-        _claim_division(section, subject, index, correct, min(shown.values()))
+        _claim_division(section, subject, index, correct, serves)
         section.reading.append(
             f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over "
             f"images; "
@@ -546,15 +543,22 @@ def validate(subject: Subject, num_bins: int = 10, with_null: bool = False) -> V
     return validation.summarise(validation(denoise))
 
 
-def _claim_division(section: Section, subject: Subject, index, correct: dict, shown: float):
+def division(index) -> int | None:
+    """1: Low serves structure more than texture, compared with High; -1: the reverse; 0: neither; `None` undecided."""
+    if index.low > SMALL_INDEX:
+        return 1
+    if index.high < -SMALL_INDEX:
+        return -1
+    return 0 if -SMALL_INDEX < index.low and index.high < SMALL_INDEX else None
+
+
+def _claim_division(section: Section, subject: Subject, index, correct: dict, serves: int | None):
     """Whether the paths share out structure and texture: of Freq-Gate, whose names are arbitrary, either way round."""
     transformer = subject.pipe.transformer
-    division, other = index.low > SMALL_INDEX, index.high < -SMALL_INDEX
-    within = -SMALL_INDEX < index.low and index.high < SMALL_INDEX
     if "band" not in transformer.block_class.inspectable:
-        claim, is_so = "One of Low and High serves structure more, the other texture", division or other
+        claim, sides = "One of Low and High serves structure more, the other texture", (1, -1)
     else:
-        claim, is_so = "The condition in Low serves structure more than texture, compared with that in High", division
+        claim, sides = "The condition in Low serves structure more than texture, compared with that in High", (1,)
         if transformer.config.band_basis == "random":
             claim += " (bands of this control are random directions)"
     losses = ", ".join(
@@ -564,7 +568,7 @@ def _claim_division(section: Section, subject: Subject, index, correct: dict, sh
     )
     section.claim(
         f"{claim}.",
-        is_so if shown >= LEAST_SHOWN and (division or other or within) else None,
+        None if serves is None else serves in sides,
         f"double dissociation index {index.estimate:+.3f} [{index.low:+.3f}, {index.high:+.3f}] of at most 0.875; "
         f"lost without the condition: {losses}",
     )
@@ -725,7 +729,7 @@ def information_section(subject: Subject) -> Section:
         ]
         section.shown += ("ceiling",)
         section.reading.append(_read_ceiling(result))
-        low, high = result.information - 2 * result.information_se, result.information + 2 * result.information_se
+        low, high = information_interval(result)
         inside = 0 <= low and high <= result.label_entropy
         section.claim(
             "The information that the use of the label amounts to lies between nothing and the label's entropy.",
@@ -779,20 +783,28 @@ def information_density(result: ValidationResult, alphas_cumprod: torch.Tensor) 
     ]
 
 
+def information_interval(result: ValidationResult) -> tuple[float, float]:
+    """Two standard errors around the information that a model's predictions use, in nats."""
+    error = 2 * result.information_se
+    return result.information - error, result.information + error
+
+
 def _read_ceiling(result: ValidationResult) -> str:
-    nats, error, entropy = result.information, 2 * result.information_se, result.label_entropy
-    if nats - error > entropy:
+    nats, entropy = result.information, result.label_entropy
+    low, high = information_interval(result)
+    if low > entropy:
         verdict = (
             "More than there is to know: without the label it predicts worse than it could, or uses the label in "
             "place of what the noisy image shows. So the shape of its curve is no evidence of when the label matters"
         )
-    elif nats + error < 0:
+    elif high < 0:
         verdict = "Less than nothing: with the label it predicts worse than without"
     else:
         verdict = "That is possible for an ideal denoiser, so the shape of its curve can be read"
     return (
-        f"The model's predictions with the label are better than without by as much as {nats:.2f} +- {error:.2f} nats "
-        f"(two standard errors, 512 images) of information would allow; the labels have {entropy:.2f}. {verdict}."
+        f"The model's predictions with the label are better than without by as much as {nats:.2f} "
+        f"+- {high - nats:.2f} nats (two standard errors, 512 images) of information would allow; the labels have "
+        f"{entropy:.2f}. {verdict}."
     )
 
 
