@@ -47,7 +47,10 @@ def draw_gates(reports: list[Path]):
     Raises:
         SystemExit: if a report has none, or not those of the others.
     """
-    kinds = {"gate_means": ("mean_gate", "gate g (1: Low, 0: High)"), "gain_curves": ("low_over_high_dB", "dB")}
+    kinds = {
+        "gate_means": ("mean_gate", "gate g (1: Low, 0: High)"),
+        "gain_curves": ("low_over_high_dB", "gain of low over high band (dB)"),
+    }
     for table, (value, ylabel) in kinds.items():
         curves = [read_table(report, f"gates/{table}") for report in reports]
         if not all(curves):
