@@ -237,23 +237,24 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, options, monkeypatch):
 
 
 def test_ctrl_c_while_images_are_encoded(tmp_path, options, monkeypatch):
-    """What was encoded before is not encoded again."""
+    """What was encoded before is not encoded again. A run takes its shards in an order of its own, by chance."""
     encoded, encode = [], latents.encode
 
     def interrupted(images, indices, *arguments, **more):
-        if encoded == [0]:
+        if len(encoded) == 1:
             encoded.append("interrupted")
             signal.raise_signal(signal.SIGINT)
-        encoded.append(indices.start)
+        encoded.append((len(images), indices.start))  # the length tells training from held-out images
         return encode(images, indices, *arguments, **more)
 
     monkeypatch.setattr(latents, "encode", interrupted)
     monkeypatch.setattr(latents, "MAX_SHARD_IMAGES", 64)
     arguments = options(cache_dir=tmp_path / "cache", max_steps=1)
     assert last_words(arguments).startswith("stopped at once")
-    assert encoded == [0, "interrupted"] and not (tmp_path / "run").exists()
+    assert encoded[1:] == ["interrupted"] and not (tmp_path / "run").exists()
     train(arguments)
-    assert encoded[2] == 64 and encoded.count(0) == 2  # the other one is the held-out images'
+    encoded.remove("interrupted")
+    assert len(encoded) > 2 and len(set(encoded)) == len(encoded)
     assert steps_kept(tmp_path / "run") == [1]
 
 
