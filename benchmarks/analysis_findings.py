@@ -128,7 +128,8 @@ def print_findings(result: dict):
         rows |= {f"{kind}: {name}": text(values) for name, values in levels.items()}
     for name, values in result.get("loss_change_percent", {}).items():
         rows[f"held-out loss, {name} (%)"] = text(values)
-    print_table("Over seeds", ["by seed", "mean [95 %]"], rows, "measure")
+    if rows:
+        print_table("Over seeds", ["by seed", "mean [95 %]"], rows, "measure")
 
 
 def main():

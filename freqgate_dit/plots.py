@@ -398,6 +398,35 @@ def decision_figure(log_snr: Sequence[float], shares: dict[str, np.ndarray], lev
     return figure
 
 
+def decided_worlds(worlds: dict[str, dict]):
+    """By how much later the texture is decided than the structure, by models of several worlds, beside the data's own.
+
+    Args:
+        worlds: name -> "of_data", the data's own difference or `None`, and "kinds", kind of exchange -> a dictionary
+            per model with "difference", "low" and "high".
+    """
+    kinds = list(dict.fromkeys(kind for found in worlds.values() for kind in found["kinds"]))
+    most = max(len(rows) for found in worlds.values() for rows in found["kinds"].values())
+    figure, axes = new_figure(7.5, 1.3 + 0.75 * len(worlds))
+    for place, found in enumerate(worlds.values()):
+        if found["of_data"] is not None:
+            ends = [place - 0.36, place + 0.36]
+            label = "the noisy data" if place == 0 else None
+            axes.plot([found["of_data"]] * 2, ends, color="black", lw=2.5, label=label)
+        for index, kind in enumerate(kinds):
+            for model, row in enumerate(found["kinds"].get(kind, [])):
+                middle = place + 0.24 * (index - (len(kinds) - 1) / 2) + 0.05 * (model - (most - 1) / 2)
+                label = kind if place == 0 and model == 0 else None
+                axes.plot([row["low"], row["high"]], [middle, middle], color=PALETTE[index], lw=1.3)
+                axes.plot(row["difference"], middle, "o", color=PALETTE[index], ms=4, label=label)
+    axes.axvline(0, color="0.4", lw=1, ls="--")
+    axes.set_yticks(range(len(worlds)), list(worlds))
+    axes.set(ylim=(len(worlds) - 0.5, -0.5), ylabel="world", xlabel="texture later than structure by (log-SNR)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def information_figure(
     model: Sequence[dict] | None,
     data: tuple[Sequence[float], dict[str, np.ndarray], dict[str, float]] | None,

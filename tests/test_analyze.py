@@ -143,6 +143,7 @@ def test_decisions_of_a_network_that_decides_at_known_levels():
     section = decision_section(subject)
     assert set(section.figures) == {"label_swap", "label_insertion", "label_withdrawal"} and len(section.reading) == 3
     for row in section.tables["levels"]:
+        assert row["world"] == "mod" and row["of_data"] == pytest.approx(ROWS["texture"] - ROWS["structure"])
         assert row["structure"] == pytest.approx(ROWS["structure"], abs=0.8)
         assert row["texture"] == pytest.approx(ROWS["texture"], abs=0.8) and 1 < row["low"] <= row["high"]
     assert "Found: texture after structure. That is as predicted for the world 'mod'" in section.reading[1]

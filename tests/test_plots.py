@@ -9,7 +9,15 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from freqgate_dit.plots import band_gain_curves, gate_curves, image_grid, loss_curves, seed_curves, validation_heatmap
+from freqgate_dit.plots import (
+    band_gain_curves,
+    decided_worlds,
+    gate_curves,
+    image_grid,
+    loss_curves,
+    seed_curves,
+    validation_heatmap,
+)
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation
 
@@ -141,3 +149,20 @@ def test_curves_by_seed(parts, tmp_path):
         drawn = np.array([line.get_ydata() for line in axes.lines])
         assert np.array_equal(drawn, curves[:, :, part])
     save(figure, tmp_path / "seeds.png")
+
+
+def test_decisions_by_world_are_drawn_beside_those_of_the_data(tmp_path):
+    def model(difference):
+        return {"difference": difference, "low": difference - 0.5, "high": difference + 0.5}
+
+    worlds = {
+        "mod": {"of_data": 2.4, "kinds": {"swap": [model(2.9), model(2.6)], "insertion": [model(3.7)]}},
+        "flat": {"of_data": None, "kinds": {"swap": [model(0.1)]}},
+    }
+    figure = decided_worlds(worlds)
+    (axes,) = figure.axes
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in dots] == [2.9, 2.6, 3.7, 0.1]
+    assert [round(line.get_ydata()[0]) for line in dots] == [0, 0, 0, 1]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["the noisy data", "swap", "insertion"]
+    save(figure, tmp_path / "worlds.png")

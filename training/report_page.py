@@ -15,7 +15,7 @@ from pathlib import Path
 from freqgate_dit.files import read_json, write_text
 
 
-FORMAT = 2  # of `section.json`
+FORMAT = 3  # of `section.json`, and of the tables beside it
 
 
 @dataclass

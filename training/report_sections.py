@@ -214,7 +214,7 @@ def trace_section(subject: Subject) -> Section:
             for band, level in zip(trace.bands, trace.arrival(images=images)):
                 row[f"{band} cycles"] = level
             section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
-        what = space if len(spaces) > 1 else "image"
+        what = "latent" if space == "latent" and len(spaces) > 1 else "image"
         arrival = trace.arrival()
         order = order_of(arrival)
         levels = ", ".join(f"{band}: {level:+.1f}" for band, level in zip(trace.bands, arrival))
@@ -643,11 +643,13 @@ def decision_section(subject: Subject) -> Section:
             for i, level in enumerate(swaps.log_snr)
         ]
         row = {
+            "world": subject.world,
             "kind": kind,
             **levels,
             "difference": difference.estimate,
             "low": difference.low,
             "high": difference.high,
+            "of_data": subject.data_difference,
         }
         section.tables.setdefault("levels", []).append(row)
         if kind == "swap":
