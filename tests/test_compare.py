@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -188,6 +189,22 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
     assert not folder.exists() and "--resume" not in job.command
     with pytest.raises(RuntimeError, match=r"adaln with seed 0 ended with status 1.*was not found.*adaln_seed0\.log"):
         run_all([job], 1, "training")
+
+
+def test_sigterm_stops_the_runs_too(tmp_path):
+    code = """
+import os, pathlib, signal, sys, time
+def stopped(number, frame):
+    pathlib.Path(sys.argv[1]).write_text("stopped")
+    sys.exit()
+signal.signal(signal.SIGTERM, stopped)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        run_all([Job("run", [sys.executable, "-c", code, str(tmp_path / "file")], tmp_path / "log")], 1, "training")
+    assert (tmp_path / "file").read_text() == "stopped" and signal.getsignal(signal.SIGTERM) is handler
 
 
 @pytest.mark.parametrize("gpus, seen", [(["2", "5"], ["2", "2", "5", "5"]), (["2"], ["all"] * 4), ([], ["all"] * 4)])

@@ -11,11 +11,15 @@ and dropped labels of all arms alike, and all are validated on the same noisy im
 measured too. `--parallel` runs go at a time, each with its part of the cores, spread over the GPUs: a small model
 leaves most of a GPU idle, so several may share one. Written: `comparison.json` (all numbers), `comparison.md` (the
 tables), `curves.png` (by training step), `timesteps.png` (by noise level), `forest.png` (by frequency).
+
+Every run is a process of train.py, so its numbers are those of that command. Processes that share a GPU take turns on
+it unless NVIDIA's Multi-Process Service runs (`nvidia-cuda-mps-control -d`), which lets them compute at once.
 """
 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -234,9 +238,15 @@ def run_all(jobs: list[Job], parallel: int, what: str, gpus: Sequence[str] = ())
 
     Raises:
         RuntimeError: if one fails; the others that run are stopped.
+        SystemExit: on SIGTERM, which would otherwise leave the runs behind.
     """
+
+    def leave(number: int, frame):
+        raise SystemExit("stopped: the same command goes on where its runs have stopped")
+
     waiting, running = list(jobs), {}
     progress = tqdm(total=len(jobs), desc=what, unit="run")
+    handler = signal.signal(signal.SIGTERM, leave)
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -266,6 +276,7 @@ def run_all(jobs: list[Job], parallel: int, what: str, gpus: Sequence[str] = ())
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
+        signal.signal(signal.SIGTERM, handler)
 
 
 # -- the script -------------------------------------------------------------------------------------------------------
