@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import signal
+
 import pytest
 import torch
 from components import tiny_transformer
@@ -23,6 +25,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def fresh_process_state():
     threads = torch.get_num_threads()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has put pytest in the background
     reset_accelerate()
     yield
     reset_accelerate()
