@@ -134,7 +134,7 @@ def run(given: argparse.Namespace):
     facts = [
         f"{model.summary.class_name}, {model.summary.parameters / 1e6:.2f} M parameters, "
         f"{model.summary.prediction_type}; {scheduler['class']}, {given.steps} steps, without guidance; "
-        f"{given.images} images from seed {given.seed}; torch {torch.__version__.split('+')[0]}, "
+        f"{given.images} images from seed {given.seed}; {model.dtype}, torch {torch.__version__.split('+')[0]}, "
         f"freqgate_dit {__version__}.",
     ]
     write_text(given.out / "report.html", render_page(f"What {name_of(model)} does with frequency", facts, sections))
