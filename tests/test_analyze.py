@@ -60,7 +60,7 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
     ):
         assert f"<h2>{title}</h2>" in page and title in printed.out
     # Self-contained: figures inside, nothing fetched, no path of this machine.
-    assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 5
+    assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 6
     assert not re.search(r"(src|href)=\"(?!data:)", page) and str(tmp_path) not in page
     # Tables, both ways the same.
     for name in ("order/trace", "gates/gates", "interventions/interventions"):
@@ -99,7 +99,7 @@ def test_a_report_of_a_latent_model_without_gates(tmp_path, capsys):
     assert "Left out: this needs labels whose factors are known" in printed
     assert "The pipeline holds no spectrum" in printed
     names = {path.name for path in (tmp_path / "report/sections/order").glob("*.png")}
-    assert names == {"trace_of_latents.png", "trace_of_pixels.png"}
+    assert names == {"trace_of_latents.png", "trace_of_pixels.png", "predictions.png"}
     arrival = json.loads((tmp_path / "report/sections/order/arrival.json").read_text())
     assert [row["class"] for row in arrival] == ["all", "cat", "dog", "wild"]
     effects = json.loads((tmp_path / "report/sections/interventions/interventions.json").read_text())

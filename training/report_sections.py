@@ -1,5 +1,6 @@
 """What a report of a pipeline says: each function measures one thing and reads it in plain language."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -86,6 +87,21 @@ class Subject:
     @property
     def labels(self) -> list[int]:
         return [index % self.pipe.num_classes for index in range(self.num_images)]
+
+    def diverse(self, count: int) -> list[int]:
+        """Images to look at, by index: of the built-in data, whose class is 8 x structure + texture, another structure
+        and another texture each."""
+        step = len(TEXTURES) + 1 if self.world is not None else 1
+        return [step * index for index in range(count)]
+
+    def name_of(self, index: int) -> str:
+        """What image `index` is to show, in lines."""
+        if self.pipe.is_text_conditional:
+            return textwrap.fill(textwrap.shorten(self.prompts[index % len(self.prompts)], 60), 20)
+        if not self.is_conditional:
+            return str(index)
+        label = self.labels[index]
+        return str(self.pipe.id2label.get(label, label)).replace(" ", "\n")
 
     @property
     def image_size(self) -> int:
@@ -186,11 +202,16 @@ def trace_section(subject: Subject) -> Section:
     section = Section("The order of denoising", [], shown=("arrival",))
     traces = {space: DenoisingTrace(space, mean=mean if space == "latent" else None) for space in spaces}
 
-    def watch(*step):
-        for trace in traces.values():
-            trace(*step)
-
     count = min(subject.num_images, subject.batch_size)
+    shown = [index for index in subject.diverse(6) if index < count]
+    strip = []  # predictions (images shown, H, W, 3) after each step
+
+    def watch(pipe, step, timestep, tensors):
+        for trace in traces.values():
+            trace(pipe, step, timestep, tensors)
+        strip.append(pipe.postprocess(tensors["pred_original_sample"][shown], "np"))
+        return {}
+
     watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": DenoisingTrace.tensor_inputs}
     try:
         subject.pipe(**subject.given(range(count)), **subject.options(output_type="latent"), **watched)
@@ -243,6 +264,13 @@ def trace_section(subject: Subject) -> Section:
                 for step, row in zip(steps, forward.tolist())
                 for band, value in zip(trace.bands, row)
             ]
+    steps = np.unique(np.linspace(0, len(strip) - 1, 10).round().astype(int))
+    section.figures["predictions"] = plots.image_grid(
+        [[strip[step][row] for step in steps] for row in range(len(shown))],
+        [subject.name_of(index) for index in shown],
+        [f"{traces['latent'].log_snr[step]:+.1f}" for step in steps],
+        "predicted clean image, columns: log-SNR",
+    )
     if len(spaces) > 1:
         section.shown = ("arrival", "arrival_of_pixels")
     if data is None:
@@ -577,8 +605,7 @@ def _claim_division(section: Section, subject: Subject, index, correct: dict, se
 def hybrid_figure(subject: Subject, count: int = 6):
     """Images of label A, of label B, and with the label of B in one path alone, from the same noise."""
     pipe, classes = subject.pipe, subject.pipe.num_classes
-    # Of the built-in data, whose class is 8 x structure + texture, another structure and another texture each.
-    ours = [(9 * index if subject.world else index) % classes for index in range(count)]
+    ours = [index % classes for index in subject.diverse(count)]
     others = [(label + (max(1, classes // 2) + 3 if subject.world else 1)) % classes for label in ours]
     transformer = pipe.transformer
 
