@@ -130,6 +130,22 @@ def test_the_shipped_comparisons_are_valid(path, tmp_path, capsys):
     assert "| adaln_zero | " in printed and printed.count("python training/train.py") >= 4
 
 
+def test_some_arms_are_compared_with_the_baseline(tmp_path, capsys):
+    arms = {
+        "adaln": {"variant": "adaln_zero"},
+        "freq": {"variant": "freq_gate"},
+        "cross": {"variant": "cross_attention"},
+    }
+    words = [*write(tmp_path / "c.yaml", arms=arms, contrasts=[["freq", "adaln"], ["cross", "freq"]]), "--dry_run"]
+    main([*words, "--arms", "freq"])
+    out = capsys.readouterr().out
+    assert "adaln_seed1" in out and "freq_seed1" in out and "cross_seed" not in out
+    with pytest.raises(SystemExit, match="`--arms` has 'frq': choose some of adaln, cross, freq"):
+        main([*words, "--arms", "frq"])
+    with pytest.raises(SystemExit, match=r"`--arms` \(cross\) leaves none of the contrasts"):
+        main([*words, "--arms", "cross"])
+
+
 @pytest.mark.parametrize("match, by", [("num_layers", "flops"), ("modulation_rank", "parameters")])
 def test_an_arm_is_matched_to_the_baseline(match, by, tmp_path, capsys):
     arms = {"adaln": {"variant": "adaln_zero", "num_layers": 5}, "band_gate": {"variant": "band_gate", "match": match}}

@@ -146,6 +146,22 @@ def load_comparison(path: Path) -> Comparison:
         ) from error
 
 
+def only(comparison: Comparison, arms: Sequence[str]) -> Comparison:
+    """The comparison of some of its arms and the baseline, with the contrasts between them.
+
+    Raises:
+        ValueError: if there is no such arm, or no contrast left.
+    """
+    for arm in arms:
+        if arm not in comparison.arms:
+            raise ValueError(f"`--arms` has {arm!r}: choose some of {', '.join(comparison.arms)}.")
+    kept = {name: options for name, options in comparison.arms.items() if name in (*arms, comparison.baseline)}
+    contrasts = [pair for pair in comparison.contrasts if set(pair) <= set(kept)]
+    if not contrasts:
+        raise ValueError(f"`--arms` ({', '.join(arms)}) leaves none of the contrasts {comparison.contrasts}.")
+    return replace(comparison, arms=kept, contrasts=contrasts)
+
+
 def matched(comparison: Comparison, sizes: ModelSizes) -> Comparison:
     """The comparison with a number in place of every `match`."""
     target = sizes(comparison.config(comparison.baseline))[comparison.match_by]
@@ -286,6 +302,9 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
+    parser.add_argument(
+        "--arms", nargs="+", help="some of the file's arms; the baseline is always there (default: all)"
+    )
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--dry_run", action="store_true", help="print sizes and commands of the runs, train nothing")
     parser.add_argument(
@@ -302,6 +321,8 @@ def run(options: argparse.Namespace):
     if options.parallel < 1:
         raise ValueError(f"`--parallel` ({options.parallel}) must be at least 1.")
     comparison = load_comparison(options.config)
+    if options.arms:
+        comparison = only(comparison, options.arms)
     configs = [comparison.config(arm) for arm in comparison.arms]
     steps = configs[0].train.max_steps
     if steps is None:
