@@ -576,8 +576,9 @@ class BandGateDiTBlock(AdaLNZeroDiTBlock):
     Args:
         band_branches: "both", or only the "attention" or the "mlp" branch has band gates.
         band_drive: what d depends on: "both", "time" or "class".
-        band_gates: "vector", a d per channel; "scalar", SpectralDiT's form (arXiv 2606.18765): two numbers a_low and
-            a_high = 0.2 tanh(.) per branch, `x + g * ((1 + a_high) r + (a_low - a_high) P_low r)`.
+        band_gates: "vector", a d per channel; "scalar", in the manner of SpectralDiT (arXiv 2606.18765): two numbers
+            a_low and a_high = 0.2 tanh(.) per branch, `x + g * ((1 + a_high) r + (a_low - a_high) P_low r)`. (Its own
+            network gates the MLP branch alone, after a binomial low-pass, and has neither clock nor adapters.)
     """
 
     inspectable = {"modulation": "modulation", "band": "band_modulation"}

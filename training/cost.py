@@ -5,7 +5,8 @@ import torch
 from freqgate_dit.cost import count_parameters, flops_per_forward
 
 
-# What `make demo` reached on two CPU cores with AMX: 216 images/s (results/demo_run.json) x 3 x 0.43 GFLOP.
+# What `make demo` reached on two CPU cores with AMX: 216 images/s x 3 x 0.43 GFLOP (the first version of
+# results/demo_run.json; the present one is of a machine without AMX).
 CPU_SPEED = 0.28e12
 
 
