@@ -105,6 +105,12 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     main([*write(tmp_path / "c.yaml"), "--report_only"])
     assert json.loads((out / "comparison.json").read_text())["arms"]["adaln"]["metrics"] == {}
     capsys.readouterr()
+    # A run that was trained with other options is not passed off as one with these.
+    arms = {"adaln": {"variant": "adaln_zero", "learning_rate": 2e-2}, "band_gate": {"variant": "adaln_zero"}}
+    with pytest.raises(
+        SystemExit, match=r"adaln with seed 0 with `learning_rate` 0\.01, .* says 0\.02: .* delete .*adaln"
+    ):
+        main([*write(tmp_path / "c.yaml", arms=arms), "--report_only"])
     # A run that lost its end goes on, and the numbers are the same.
     shutil.rmtree(out / "runs" / "adaln_seed0" / "checkpoints" / "step_00000004")
     shutil.rmtree(out / "runs" / "adaln_seed0" / "pipeline")
@@ -178,6 +184,7 @@ def test_nearest_of_known_counts():
         ({"baseline": "other"}, r"`baseline` \('other'\) must be one of"),
         ({"weights": "best"}, r"`weights` \('best'\) must be ema or raw"),
         ({"arms": {"adaln": {}, "b": {"max_steps": 9}}}, "`arms` has `max_steps` in 'b'.*use `common`"),
+        ({"arms": {"adaln": {}, "b": {"data_seed": 9}}}, "`arms` has `data_seed` in 'b'.*use `common`"),
         ({"arms": {"adaln": {}, "b": {"learning_rat": 9}}}, "learning_rat"),
         ({"arms": {"adaln": {}, "../b": {}}}, r"`arms` has '\.\./b'"),
         ({"common": {"seed": 1}}, "`common` has `seed`"),

@@ -49,10 +49,13 @@ from freqgate_dit.training.report_page import digest
 
 # With others, held-out errors are not of the same thing.
 SHARED = (
-    "dataset world resolution num_images heldout_per_class vae prediction_type num_train_timesteps beta_schedule "
-    "beta_start beta_end num_validation_images condition max_steps num_epochs per_device_batch_size "
-    "gradient_accumulation_steps validate_every seed output_dir"
+    "dataset dataset_split dataset_revision image_column label_column world data_seed resolution num_images "
+    "heldout_per_class heldout_fraction vae vae_subfolder vae_revision condition prompt_template text_encoder "
+    "tokenizer prediction_type num_train_timesteps beta_schedule beta_start beta_end num_validation_images max_steps "
+    "num_epochs per_device_batch_size gradient_accumulation_steps validate_every seed output_dir"
 ).split()
+# What may differ between a run that is there and the one that is wanted: it changes none of its numbers.
+ASIDE = "output_dir cache_dir cpu_threads resume log_every save_every preview_every num_previews".split()
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,19 @@ def is_trained(folder: Path, steps: int) -> bool:
     return validated[-1:] == [steps] and (folder / "pipeline" / "model_index.json").is_file()
 
 
+def refuse_other_options(name: str, folder: Path, wanted: TrainingRun):
+    """Raise if the run in `folder` was started with options that are not those of the comparison now."""
+    if not (folder / "config.yaml").is_file():
+        return
+    found = parse_config(["--config", str(folder / "config.yaml")]).to_dict()
+    for option, value in wanted.to_dict().items():
+        if option not in ASIDE and found[option] != value:
+            raise ValueError(
+                f"`--out` has {name} with `{option}` {found[option]!r}, and the comparison says {value!r}: choose "
+                f"another folder, or delete {folder}."
+            )
+
+
 def evaluation_key(folder: Path, options: dict) -> str:
     """What an evaluation of the run is of: the options and the weights."""
     return digest(options, weights_digest(folder / "pipeline" / "transformer"))
@@ -343,6 +359,9 @@ def run(options: argparse.Namespace):
         for words in training.values():
             print(f"python training/train.py {' '.join(words)}")
         return
+
+    for (arm, seed), folder in folders.items():
+        refuse_other_options(f"{arm} with seed {seed}", folder, parse_config(training[arm, seed]))
 
     def trained(key) -> bool:
         return is_trained(folders[key], steps)
