@@ -558,9 +558,11 @@ def test_preconditioning_is_told(options, words, tmp_path):
     [
         ({}, "acts on the low frequencies of the token grid alone"),
         ({"band_basis": "random", "band_branches": "mlp"}, "acts on a fixed random projection P of the tokens"),
+        ({}, "`x + g * r + d * P r`"),
+        ({"band_gates": "scalar"}, "`x + g * ((1 + a_high) r + (a_low - a_high) P r)`"),
     ],
 )
 def test_band_gate_is_described(options, words, tmp_path):
     make_pipeline(tiny_transformer("band_gate", **options)).save_pretrained(tmp_path)
     text = str(render_card(tmp_path))
-    assert words in text and ("the mlp branch r" if options else "both branches r") in text
+    assert words in text and ("the mlp branch r" if "band_branches" in options else "both branches r") in text
