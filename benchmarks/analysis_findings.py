@@ -27,6 +27,7 @@ TABLES = (
     "information/ceiling",
     "decisions/levels",
     "order/arrival",
+    "order/arrival_of_pixels",
 )
 
 
@@ -104,8 +105,9 @@ def collect(reports: list[Path]) -> dict:
             for name in losses[0]
             if name != "none"
         }
-    if all(tables["order/arrival"]):
-        result["arrival"] = [table[0] for table in tables["order/arrival"]]
+    for name in ("arrival", "arrival_of_pixels"):
+        if all(tables[f"order/{name}"]):
+            result[name] = [table[0] for table in tables[f"order/{name}"]]
     return result
 
 

@@ -14,7 +14,7 @@ A report's interval is over its pairs of labels. Over the seeds of a world, from
 import argparse
 from pathlib import Path
 
-from analysis_findings import over_seeds, read_table
+from analysis_findings import over_seeds, read_table, text
 from output import print_table, write_result
 
 from freqgate_dit.plots import decided_worlds
@@ -60,7 +60,7 @@ def print_findings(worlds: dict[str, dict]):
                 signed(found["of_data"]),
                 ", ".join(f"{row['structure']:+.2f} / {row['texture']:+.2f}" for row in reports),
                 ", ".join(f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" for row in reports),
-                f"{over['mean']:+.2f} [{over['low']:+.2f}, {over['high']:+.2f}]" if over else "-",
+                text(over)[1] if over else "-",
             ]
     columns = ["predicted", "of the data", "structure / texture", "texture - structure, each model", "over seeds"]
     print_table("Decision levels (log-SNR)", columns, rows, "world, exchange")

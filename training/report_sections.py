@@ -100,7 +100,7 @@ class Subject:
             return textwrap.fill(textwrap.shorten(self.prompts[index % len(self.prompts)], 60), 20)
         if not self.is_conditional:
             return str(index)
-        label = self.labels[index]
+        label = index % self.pipe.num_classes
         return str(self.pipe.id2label.get(label, label)).replace(" ", "\n")
 
     @property
@@ -204,12 +204,12 @@ def trace_section(subject: Subject) -> Section:
 
     count = min(subject.num_images, subject.batch_size)
     shown = [index for index in subject.diverse(6) if index < count]
-    strip = []  # predictions (images shown, H, W, 3) after each step
+    strip = []  # predictions of the images shown after each step, as the model sees them
 
     def watch(pipe, step, timestep, tensors):
         for trace in traces.values():
             trace(pipe, step, timestep, tensors)
-        strip.append(pipe.postprocess(tensors["pred_original_sample"][shown], "np"))
+        strip.append(tensors["pred_original_sample"][shown])
         return {}
 
     watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": DenoisingTrace.tensor_inputs}
@@ -265,8 +265,9 @@ def trace_section(subject: Subject) -> Section:
                 for band, value in zip(trace.bands, row)
             ]
     steps = np.unique(np.linspace(0, len(strip) - 1, 10).round().astype(int))
+    images = [subject.pipe.postprocess(strip[step], "np") for step in steps]
     section.figures["predictions"] = plots.image_grid(
-        [[strip[step][row] for step in steps] for row in range(len(shown))],
+        list(zip(*images)),
         [subject.name_of(index) for index in shown],
         [f"{traces['latent'].log_snr[step]:+.1f}" for step in steps],
         "predicted clean image, columns: log-SNR",
@@ -605,7 +606,8 @@ def _claim_division(section: Section, subject: Subject, index, correct: dict, se
 def hybrid_figure(subject: Subject, count: int = 6):
     """Images of label A, of label B, and with the label of B in one path alone, from the same noise."""
     pipe, classes = subject.pipe, subject.pipe.num_classes
-    ours = [index % classes for index in subject.diverse(count)]
+    shown = subject.diverse(count)
+    ours = [index % classes for index in shown]
     others = [(label + (max(1, classes // 2) + 3 if subject.world else 1)) % classes for label in ours]
     transformer = pipe.transformer
 
@@ -621,7 +623,7 @@ def hybrid_figure(subject: Subject, count: int = 6):
         "A, B in High": images(ours, labels_in_path(transformer, "high", other)),
         "B": images(others, nullcontext()),
     }
-    names = [str(pipe.id2label.get(label, label)).replace(" ", "\n") for label in ours]
+    names = [subject.name_of(index) for index in shown]
     return plots.image_grid(list(rows.values()), list(rows), names, "columns: label A")
 
 
