@@ -143,7 +143,7 @@ def spectral_gate_table(
 
 def mechanism_figures(transformer: ConditionedDiTTransformer2DModel, num_train_timesteps: int) -> dict:
     """Pictures of what is special in a variant, by name: "gate" or "band_gains"; none for the others."""
-    inspectable = transformer.block_class.inspectable
+    inspectable = transformer.inspectable
     if "gate" in inspectable:
         return {"gate": plots.gate_curves(*gate_table(transformer, num_train_timesteps))}
     if "band" in inspectable:

@@ -168,30 +168,50 @@ def dct_low_pass(rows: int, columns: int, cutoff: float, device=None) -> tuple[t
     )
 
 
-def random_low_pass(rows: int, columns: int, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A projector with the gains of `dct_low_pass` on random directions, which have no frequency: the control.
+def binomial_low_pass(rows: int, columns: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low-pass (1, 4, 6, 4, 1) / 16 along rows and columns, past whose ends the last value goes on.
 
     Returns:
-        Orthonormal directions `(k, rows * columns)`, always the same, and their gains `(k, 1)`; float32.
+        Matrices `(rows, rows)` and `(columns, columns)`, float32.
     """
+
+    def matrix(n: int) -> torch.Tensor:
+        index = torch.arange(n, device=device)
+        taps = (index[:, None] + index.new_tensor([-2, -1, 0, 1, 2])).clamp(0, n - 1)  # (n, 5)
+        weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=device) / 16
+        return torch.zeros(n, n, device=device).scatter_add(1, taps, weights.expand(n, 5))
+
+    return matrix(rows), matrix(columns)
+
+
+def random_low_pass(rows: int, columns: int, cutoff: float) -> torch.Tensor:
+    """A projector `(N, N)`, float32, with the gains of `dct_low_pass` on random directions, always the same, which
+    have no frequency: the control."""
     gains = low_pass_gains(radial_index(rows, columns, "cpu"), cutoff).flatten()
     gains = gains[gains > 0].sort(descending=True).values
     noise = torch.randn(rows * columns, rows * columns, generator=torch.Generator().manual_seed(0), device="cpu")
-    return torch.linalg.qr(noise)[0][: len(gains)], gains[:, None]
+    directions = torch.linalg.qr(noise)[0][: len(gains)]
+    return directions.T @ (gains[:, None] * directions)
 
 
 def apply_low_pass(tokens: torch.Tensor, low_pass: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """P_low of tokens `(B, N, D)`, row by row of the grid. What is left, `tokens - P_low(tokens)`, is P_high."""
+    """P_low of tokens `(B, N, D)`, row by row of the grid. What is left, `tokens - P_low(tokens)`, is P_high.
+
+    Args:
+        low_pass: one matrix that filters the tokens, two that filter rows and columns, or what `dct_low_pass` gives.
+    """
     low_pass = [part.to(tokens.dtype) for part in low_pass]
-    if len(low_pass) == 2:
-        directions, gains = low_pass
-        return directions.T @ (gains * (directions @ tokens))
-    rows, columns, gains = low_pass
+    if len(low_pass) == 1:
+        return low_pass[0] @ tokens
+    rows, columns = low_pass[:2]
     width, dim = columns.shape[1], tokens.shape[2]
     low = rows @ tokens.unflatten(1, (-1, width)).flatten(2)  # (B, k, w * D)
     low = columns @ low.unflatten(2, (width, dim))  # (B, k, l, D)
-    low = columns.T @ (gains[..., None] * low)  # (B, k, w, D)
-    return (rows.T @ low.flatten(2)).unflatten(2, (width, dim)).flatten(1, 2)
+    if len(low_pass) == 3:
+        gains = low_pass[2]
+        low = columns.T @ (gains[..., None] * low)  # (B, k, w, D)
+        low = (rows.T @ low.flatten(2)).unflatten(2, (width, dim))
+    return low.flatten(1, 2)
 
 
 def _without_autocast(device_type: str):
@@ -562,6 +582,17 @@ class ConditionAdapter(nn.Module):
         return cond + self.up(self.down(F.silu(cond)))
 
 
+class ScalarGates(Modulation):
+    """`num_vectors` numbers from one embedding by an MLP of a quarter of its width, zero at first: SpectralDiT's."""
+
+    def __init__(self, dim: int, num_vectors: int):
+        super().__init__(dim // 4, num_vectors, size=1)
+        self.down = nn.Linear(dim, dim // 4)
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:  # (B, D) -> (B, 1, num_vectors)
+        return self.linear(F.silu(self.down(conditioning)))[:, None]
+
+
 class BandGateDiTBlock(AdaLNZeroDiTBlock):
     """Band-Gate: adaLN-Zero whose residual gates differ between low and high frequencies of the token grid.
 
@@ -574,11 +605,17 @@ class BandGateDiTBlock(AdaLNZeroDiTBlock):
     model's until it is trained.
 
     Args:
-        band_branches: "both", or only the "attention" or the "mlp" branch has band gates.
+        band_branches: "both", or only the "attention" or the "mlp" branch has band gates; "none": what is left without
+            them, the control.
         band_drive: what d depends on: "both", "time" or "class".
-        band_gates: "vector", a d per channel; "scalar", in the manner of SpectralDiT (arXiv 2606.18765): two numbers
-            a_low and a_high = 0.2 tanh(.) per branch, `x + g * ((1 + a_high) r + (a_low - a_high) P_low r)`. (Its own
-            network gates the MLP branch alone, after a binomial low-pass, and has neither clock nor adapters.)
+        band_gates: "vector", a d per channel; "scalar", two numbers a_low and a_high = 0.2 tanh(.) per branch,
+            `x + g * ((1 + a_high) r + (a_low - a_high) P_low r)`, as in SpectralDiT (arXiv 2606.18765).
+        band_adapters: whether Low and High are views of their own; without, both are y. Two numbers that drive both
+            bands cannot have both views.
+
+    SpectralDiT's own network is full-rank, with scalar gates on the MLP branch from `t + y`, a binomial low-pass, and
+    neither clock nor views: "mlp", "scalar", no `band_adapters`, and the model's `band_basis` "binomial" and no
+    `band_clock`.
     """
 
     inspectable = {"modulation": "modulation", "band": "band_modulation"}
@@ -592,16 +629,24 @@ class BandGateDiTBlock(AdaLNZeroDiTBlock):
         band_branches: str = "both",
         band_drive: str = "both",
         band_gates: str = "vector",
+        band_adapters: bool = True,
         **kwargs,
     ):
         super().__init__(dim, num_attention_heads, attention_head_dim, modulation_rank=modulation_rank, **kwargs)
-        self.branches = {"both": ("attention", "mlp")}.get(band_branches, (band_branches,))
+        self.branches = {"both": ("attention", "mlp"), "none": ()}.get(band_branches, (band_branches,))
         self.drive = band_drive
         self.scalar = band_gates == "scalar"
-        self.low = ConditionAdapter(dim, modulation_rank) if band_drive != "time" else None
-        self.high = ConditionAdapter(dim, modulation_rank)
+
+        def view() -> nn.Module:
+            return ConditionAdapter(dim, modulation_rank) if band_adapters else nn.Identity()
+
+        self.high = view()
+        if not self.branches:
+            self.inspectable = AdaLNZeroDiTBlock.inspectable
+            return
+        self.low = view() if band_drive != "time" else None
         if self.scalar:
-            self.band_modulation = Modulation(dim, num_vectors=2 * len(self.branches), size=1)
+            self.band_modulation = ScalarGates(dim, num_vectors=2 * len(self.branches))
         else:
             self.band_modulation = Modulation(dim, num_vectors=len(self.branches), rank=modulation_rank)
 
@@ -630,13 +675,15 @@ class BandGateDiTBlock(AdaLNZeroDiTBlock):
 
     def forward(self, hidden_states, temb, cond, image_rotary_emb, clocks, low_pass):
         """Besides the other blocks' arguments: `clocks`, embeddings `(B, D)` of the low and the high band's
-        visibility, and `low_pass`, P_low of this grid."""
+        visibility (or 0), and `low_pass`, P_low of this grid."""
         clock_low, clock_high = clocks
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(
             self.mix(temb + clock_high, self.high(cond))
         ).chunk(6, dim=-1)  # each (B, 1, D)
-        bands = self.band_modulation(self.drive_band(temb + clock_low, cond)).chunk(len(self.branches), dim=-1)
-        bands = dict(zip(self.branches, bands))
+        bands = {}
+        if self.branches:
+            bands = self.band_modulation(self.drive_band(temb + clock_low, cond)).chunk(len(self.branches), dim=-1)
+            bands = dict(zip(self.branches, bands))
         residual = self.attn(modulate(self.norm1(hidden_states), shift_msa, scale_msa), None, image_rotary_emb)
         hidden_states = self.add_residual(hidden_states, residual, gate_msa, bands.get("attention"), low_pass)
         residual = self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
@@ -714,10 +761,10 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 PRECONDITIONING = ("wiener", "scalar", "learned", "mask")
 PRECONDITIONING_AT = ("both", "input", "output")
 BAND_OPTIONS = {
-    "band_branches": ("both", "attention", "mlp"),
+    "band_branches": ("both", "attention", "mlp", "none"),
     "band_drive": ("both", "time", "class"),
     "band_gates": ("vector", "scalar"),
-    "band_basis": ("dct", "random"),
+    "band_basis": ("dct", "random", "binomial"),
 }
 # What diffusers' `FeedForward` knows; on any other name it fails with an UnboundLocalError.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
@@ -756,9 +803,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         modulation_rank (`int`, *optional*): low-rank modulation, adaLN-type variants only; `None` is full rank.
         gate_residual (`bool`, defaults to `False`): Freq-Gate only; adds the gated mixture to the condition instead
             of replacing it, so that the model can start as an adaLN-Zero model (see `FreqGateDiTBlock`).
-        band_branches, band_drive, band_gates (`str`): Band-Gate only, see `BandGateDiTBlock`.
+        band_branches, band_drive, band_gates (`str`), band_adapters (`bool`): Band-Gate only, see `BandGateDiTBlock`.
+        band_clock (`bool`, defaults to `True`): Band-Gate only; whether the gates see how visible each band is.
         band_basis (`str`, defaults to `"dct"`): Band-Gate only; "random" has the low-pass act on random directions
-            instead of low frequencies, for grids of `sample_size` only. The control without frequency.
+            instead of low frequencies, for grids of `sample_size` only: the control without frequency. "binomial" is
+            SpectralDiT's low-pass (1, 4, 6, 4, 1) / 16.
         band_cutoff (`float`, defaults to `0.3125`): Band-Gate only; half-gain frequency of the low-pass as a fraction
             of the token grid's Nyquist frequency. The default is radius 2.5 on a grid of 8 x 8.
         num_condition_tokens (`int`, defaults to `2`): memory of the cross-attention variant. 2 is time and condition,
@@ -793,7 +842,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
 
     block_class: type[DiTBlock] = DiTBlock
     modulates_output = False
-    # Whether the mechanism itself, not preconditioning alone, needs to know the data's spectrum.
+    # Whether the mechanism itself, not preconditioning alone, may need to know the data's spectrum.
     needs_spectrum = False
     # The arguments that only some variants understand: of their blocks, and of the model around them.
     variant_options: tuple[str, ...] = ()
@@ -824,6 +873,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         band_branches: str = "both",
         band_drive: str = "both",
         band_gates: str = "vector",
+        band_adapters: bool = True,
+        band_clock: bool = True,
         band_basis: str = "dct",
         band_cutoff: float = 0.3125,
         num_condition_tokens: int = 2,
@@ -871,7 +922,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
 
         self.spectrum = self.preconditioner = None
-        if preconditioning or self.needs_spectrum:
+        if preconditioning or (self.needs_spectrum and band_clock):
             self.spectrum = DataSpectrum(in_channels, sample_size, num_train_timesteps)
         if preconditioning:
             self.preconditioner = SpectralPreconditioner(
@@ -890,6 +941,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             "modulation_rank": None,
             "gate_residual": False,
             "num_condition_tokens": 2,
+            "band_adapters": True,
+            "band_clock": True,
             "band_cutoff": 0.3125,
         }
         for name, default in defaults.items():
@@ -912,6 +965,23 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         for name, choices in BAND_OPTIONS.items():
             if config[name] not in choices:
                 raise ValueError(f"`{name}` ({config[name]!r}) must be one of {choices}.")
+        if config.band_branches == "none":
+            for name in ("band_drive", "band_gates", "band_basis", "band_cutoff"):
+                if config[name] != defaults[name]:
+                    raise ValueError(
+                        f"`{name}` ({config[name]}) is of band gates, and `band_branches` is 'none': leave it at "
+                        f"{defaults[name]}."
+                    )
+        if config.band_gates == "scalar" and config.band_adapters and config.band_drive != "time":
+            raise ValueError(
+                f"`band_gates` ('scalar') with `band_drive` {config.band_drive!r} would have Low drive the high band "
+                "too: set `band_adapters` to False, or `band_drive` to 'time'."
+            )
+        if config.band_basis == "binomial" and config.band_cutoff != defaults["band_cutoff"]:
+            raise ValueError(
+                f"`band_cutoff` ({config.band_cutoff}) does not apply to `band_basis` 'binomial': leave it at "
+                f"{defaults['band_cutoff']}."
+            )
         if not 0 < config.band_cutoff <= 1:
             raise ValueError(
                 f"`band_cutoff` ({config.band_cutoff}) must be in (0, 1], a fraction of the Nyquist frequency."
@@ -1185,6 +1255,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 
+    @property
+    def inspectable(self) -> dict[str, str]:
+        """What `inspect()` can read off the blocks besides "attention": kind -> name of a block's submodule."""
+        return self.transformer_blocks[0].inspectable
+
     @contextmanager
     def inspect(self, *kinds: str, max_bytes: int = 2**30):
         r"""
@@ -1200,11 +1275,12 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         Yields:
             `Recorder`: its `records` hold one `Record` per kind, block and forward pass.
         """
-        available = (*self.block_class.inspectable, "attention")
+        inspectable = self.inspectable
+        available = (*inspectable, "attention")
         for kind in kinds:
             if kind not in available:
                 raise ValueError(f"{type(self).__name__} has no {kind!r} to inspect: choose from {available}.")
-        kinds = kinds or tuple(self.block_class.inspectable) or available
+        kinds = kinds or tuple(inspectable) or available
         recorder = Recorder(max_bytes)
         handles, processors = [], []
 
@@ -1220,7 +1296,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             for index, block in enumerate(self.transformer_blocks):
                 for kind in kinds:
                     if kind != "attention":
-                        module = block.get_submodule(block.inspectable[kind])
+                        module = block.get_submodule(inspectable[kind])
                         handles.append(module.register_forward_hook(add_output(kind, index)))
                         continue
                     attn = getattr(block, "cross_attn", block.attn)
@@ -1275,24 +1351,27 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
     block_class = BandGateDiTBlock
     modulates_output = True
     needs_spectrum = True
-    variant_options = ("modulation_rank", "band_branches", "band_drive", "band_gates")
-    model_options = ("band_basis", "band_cutoff")
+    variant_options = ("modulation_rank", "band_branches", "band_drive", "band_gates", "band_adapters")
+    model_options = ("band_basis", "band_cutoff", "band_clock")
 
     def add_parts(self, dim: int):
-        self.clock_embed = nn.Linear(2, 2 * dim)
+        self.clock_embed = nn.Linear(2, 2 * dim) if self.config.band_clock else None
         if self.config.band_basis == "random":
             grid = self.config.sample_size // self.config.patch_size
-            for name, part in zip(("directions", "gains"), random_low_pass(grid, grid, self.config.band_cutoff)):
-                self.register_buffer(f"low_pass_{name}", part.to(torch.get_default_device()))
+            projector = random_low_pass(grid, grid, self.config.band_cutoff)
+            self.register_buffer("projector", projector.to(torch.get_default_device()))
 
     def initialize_weights(self):
         super().initialize_weights()
-        nn.init.zeros_(self.clock_embed.weight)
+        if self.clock_embed is not None:
+            nn.init.zeros_(self.clock_embed.weight)
 
     def low_pass(self, rows: int, columns: int, device) -> tuple[torch.Tensor, ...]:
         """P_low of a grid of tokens, as `apply_low_pass` takes it."""
         if self.config.band_basis == "dct":
             return dct_low_pass(rows, columns, self.config.band_cutoff, device)
+        if self.config.band_basis == "binomial":
+            return binomial_low_pass(rows, columns, device)
         grid = self.config.sample_size // self.config.patch_size
         if (rows, columns) != (grid, grid):
             raise ValueError(
@@ -1300,7 +1379,7 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
                 f"'random' are those of {grid} x {grid}: use 'dct' for other sizes than `sample_size` "
                 f"({self.config.sample_size})."
             )
-        return self.low_pass_directions, self.low_pass_gains
+        return (self.projector,)
 
     def band_clocks(self, known: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Visibility of the low and the high band `(B, 2)` in (0, 1): mean Wiener gain sigmoid(l + ln S) of the
@@ -1312,7 +1391,9 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
         return torch.stack([(band * gains).sum(dim=(1, 2)) / band.sum() for band in (low, 1 - low)], dim=1)
 
     def block_inputs(self, hidden_states, known):
-        clocks = self.clock_embed(self.band_clocks(known).to(hidden_states.dtype)).chunk(2, dim=-1)  # 2 of (B, D)
+        clocks = 0, 0
+        if self.clock_embed is not None:
+            clocks = self.clock_embed(self.band_clocks(known).to(hidden_states.dtype)).chunk(2, dim=-1)  # 2 of (B, D)
         return clocks, self.low_pass(*self.token_grid(hidden_states), hidden_states.device)
 
 

@@ -136,6 +136,15 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
     assert curves[-1]["low_over_high_dB"] == gains[-1]["low_over_high_dB_in_noise"]
 
 
+def test_band_gate_without_band_gates_has_none_to_read(quick_classifier):
+    options = {"in_channels": 3, "sample_size": 32, "patch_size": 4, "band_branches": "none"}
+    subject = Subject(make_pipeline(tiny_transformer("band_gate", **options)), None, num_images=3, steps=3)
+    section = intervention_section(subject)
+    names = [row["intervention"] for row in section.tables["interventions"]]
+    assert names == ["none", "no condition", "no condition in high"]
+    assert "has no gates over time or frequency" in report_sections.gate_section(subject).reading[0]
+
+
 def test_decisions_of_a_network_that_decides_at_known_levels():
     subject = Subject(deciding_pipeline(), "mod", num_pairs=16, num_levels=20, steps=40)
     subject.classifier = (read, {})

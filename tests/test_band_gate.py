@@ -3,14 +3,16 @@
 import pytest
 import torch
 from components import randomize, tiny_transformer
+from torch.nn import functional as F
 from torch.testing import assert_close
-from transformer_cases import TEXT, assert_differ, inputs, run, untrained
+from transformer_cases import SPECTRALDIT, TEXT, assert_differ, inputs, run, untrained
 
 from freqgate_dit import VARIANTS
 from freqgate_dit.analysis import band_gain_table
 from freqgate_dit.cost import count_parameters, flops_per_forward
 from freqgate_dit.transformer_freqgate_dit import (
     apply_low_pass,
+    binomial_low_pass,
     dct_low_pass,
     dct_matrix,
     low_pass_gains,
@@ -42,7 +44,7 @@ def test_the_random_projector_has_the_gains_of_the_low_pass_and_no_frequency():
     def matrix(low_pass):
         return apply_low_pass(torch.eye(64)[None], low_pass)[0]
 
-    control, low = matrix(random_low_pass(8, 8, 0.3125)), matrix(dct_low_pass(8, 8, 0.3125))
+    control, low = matrix((random_low_pass(8, 8, 0.3125),)), matrix(dct_low_pass(8, 8, 0.3125))
     assert_close(control, control.T)
     assert_close(torch.linalg.eigvalsh(control), torch.linalg.eigvalsh(low), rtol=1e-4, atol=1e-5)
     # Low frequencies pass the one, and are split by the other like anything else.
@@ -50,9 +52,22 @@ def test_the_random_projector_has_the_gains_of_the_low_pass_and_no_frequency():
     assert (low @ wave).norm() > 0.9 and (control @ wave).norm() < 0.8
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (3, 5), (1, 2), (1, 1)])
+def test_the_binomial_low_pass_is_a_convolution_past_whose_ends_the_last_value_goes_on(grid):
+    images = torch.randn(4, 1, *grid, generator=torch.Generator().manual_seed(0))
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    expected = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), torch.outer(taps, taps)[None, None])
+    tokens = apply_low_pass(images.flatten(2).transpose(1, 2), binomial_low_pass(*grid))
+    assert_close(tokens.transpose(1, 2), expected.flatten(2))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [None, 4])
-@pytest.mark.parametrize("options", [{}, {"band_gates": "scalar"}, {"band_basis": "random"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, SPECTRALDIT, {"band_basis": "random"}, {"band_adapters": False}, {"band_clock": False}],
+    ids=["plain", "spectraldit", "random", "no views", "no clock"],
+)
 def test_with_the_weights_of_an_adaln_zero_model_it_is_that_model(rank, options):
     baseline = tiny_transformer("adaln_zero", modulation_rank=rank)
     model = untrained("band_gate", modulation_rank=rank, **options).eval()
@@ -102,14 +117,51 @@ def test_branches(branches, vectors):
 
 
 @torch.no_grad()
-def test_the_scalar_form_is_spectraldits():
-    block = tiny_transformer("band_gate", band_gates="scalar").transformer_blocks[0]
-    x, r, g, a = torch.randn(2, 16, 32), torch.randn(2, 16, 32), torch.randn(2, 1, 32), torch.randn(2, 1, 2)
-    low_pass = dct_low_pass(4, 4, 0.3125)
-    low = apply_low_pass(r, low_pass)
-    at_low, at_high = 0.2 * a[..., :1].tanh(), 0.2 * a[..., 1:].tanh()
-    expected = x + g * (1 + at_low) * low + g * (1 + at_high) * (r - low)
-    assert_close(block.add_residual(x, r, g, a, low_pass), expected)
+def test_spectraldits_own_block():
+    """The MLP's residual, two numbers from t + y: `r + a_low P r + a_high (r - P r)` of the gated branch r."""
+    model = tiny_transformer("band_gate", **SPECTRALDIT)
+    assert model.spectrum is None and model.clock_embed is None
+    block, plain = model.transformer_blocks[0], tiny_transformer("adaln_zero").transformer_blocks[0]
+    plain.load_state_dict(block.state_dict(), strict=False)
+    x, t, y = torch.randn(2, 64, 32), torch.randn(2, 32), torch.randn(2, 32)
+    clocks, low_pass = model.block_inputs(torch.zeros(2, 4, 16, 16), None)
+
+    without_mlp = tiny_transformer("adaln_zero").transformer_blocks[0]
+    without_mlp.load_state_dict(plain.state_dict())
+    without_mlp.ff = torch.nn.Module()
+    without_mlp.ff.forward = torch.zeros_like
+    before = without_mlp(x, t, y)
+    residual = plain(x, t, y) - before
+    head = block.band_modulation
+    numbers = F.linear(F.silu(F.linear(t + y, head.down.weight, head.down.bias)), head.linear.weight, head.linear.bias)
+    assert head.down.weight.shape == (8, 32) and numbers.shape == (2, 2)
+    at_low, at_high = (0.2 * numbers.tanh())[:, None].chunk(2, dim=-1)
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    grid = F.pad(residual.transpose(1, 2).unflatten(2, (8, 8)), (2, 2, 2, 2), mode="replicate")
+    low = F.conv2d(grid, torch.outer(taps, taps).expand(32, 1, 5, 5), groups=32).flatten(2).transpose(1, 2)
+    expected = before + residual + at_low * low + at_high * (residual - low)
+    assert_close(block(x, t, y, None, clocks, low_pass), expected)
+
+
+def test_without_band_gates_clock_and_view_are_left():
+    """The control: of an adaLN-Zero model of the same rank it differs by these two."""
+    model = tiny_transformer("band_gate", band_branches="none", modulation_rank=4)
+    baseline = tiny_transformer("adaln_zero", modulation_rank=4)
+    added = set(model.state_dict()) - set(baseline.state_dict())
+    assert {name.split(".")[2] if "blocks" in name else name.split(".")[0] for name in added} == {
+        "high",
+        "clock_embed",
+        "spectrum",
+    }
+    assert list(model.inspectable) == ["modulation"]
+    with pytest.raises(ValueError, match="has no 'band' to inspect"), model.inspect("band"):
+        pass
+    output = run(model)
+    for name in ("high.up.weight", "clock_embed.weight"):
+        changed = {key: torch.zeros_like(value) if name in key else value for key, value in model.state_dict().items()}
+        other = tiny_transformer("band_gate", band_branches="none", modulation_rank=4)
+        other.load_state_dict(changed)
+        assert_differ(run(other), output)
 
 
 def test_the_clock_tells_which_band_is_visible():
@@ -165,6 +217,9 @@ def test_size_against_adaln_zero_of_the_same_depth():
         ({"band_gates": "matrix"}, r"`band_gates` \('matrix'\) must be one of"),
         ({"band_basis": "haar"}, r"`band_basis` \('haar'\) must be one of"),
         ({"band_cutoff": 0.0}, r"`band_cutoff` \(0.0\) must be in \(0, 1\]"),
+        ({"band_branches": "none", "band_drive": "time"}, r"`band_drive` \(time\) is of band gates, and .* 'none'"),
+        ({"band_gates": "scalar"}, r"`band_gates` \('scalar'\) .*Low drive the high band too: set `band_adapters`"),
+        ({"band_basis": "binomial", "band_cutoff": 0.5}, r"`band_cutoff` \(0.5\) does not apply to .*'binomial'"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message):

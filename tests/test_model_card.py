@@ -559,10 +559,22 @@ def test_preconditioning_is_told(options, words, tmp_path):
         ({}, "acts on the low frequencies of the token grid alone"),
         ({"band_basis": "random", "band_branches": "mlp"}, "acts on a fixed random projection P of the tokens"),
         ({}, "`x + g * r + d * P r`"),
-        ({"band_gates": "scalar"}, "`x + g * ((1 + a_high) r + (a_low - a_high) P r)`"),
+        ({"band_gates": "scalar", "band_drive": "time"}, "`x + g * ((1 + a_high) r + (a_low - a_high) P r)`"),
+        (
+            {"band_clock": False, "band_adapters": False},
+            "not given how visible each band of the data is at this "
+            "noise level or views of the condition of their own",
+        ),
     ],
 )
 def test_band_gate_is_described(options, words, tmp_path):
     make_pipeline(tiny_transformer("band_gate", **options)).save_pretrained(tmp_path)
     text = str(render_card(tmp_path))
     assert words in text and ("the mlp branch r" if "band_branches" in options else "both branches r") in text
+    assert ("Unlike Band-Gate's" in text) == ("band_clock" in options)
+
+
+def test_band_gate_without_band_gates_is_described_as_a_control(tmp_path):
+    make_pipeline(tiny_transformer("band_gate", band_branches="none")).save_pretrained(tmp_path)
+    text = str(render_card(tmp_path))
+    assert "it has everything of Band-Gate but its band gates.\nThe block is" in text and "P r" not in text

@@ -128,7 +128,7 @@ def trace_free(model) -> bool:
 
 
 def test_inspect_changes_nothing_and_leaves_nothing(model):
-    kinds = (*model.block_class.inspectable, "attention")
+    kinds = (*model.inspectable, "attention")
     expected = run(model)
     processors = model.attn_processors
     with model.inspect(*kinds) as recorder:
@@ -219,7 +219,7 @@ def test_inspect_refuses_unknown_kinds(variant):
     model = tiny_transformer(variant)
     with pytest.raises(ValueError, match="'gates'.*attention"), model.inspect("gates"):
         pass
-    if "gate" not in model.block_class.inspectable:
+    if "gate" not in model.inspectable:
         with pytest.raises(ValueError, match=type(model).__name__), model.inspect("gate"):
             pass
     assert trace_free(model)

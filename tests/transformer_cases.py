@@ -14,6 +14,13 @@ from freqgate_dit.transformer_freqgate_dit import (
 ADALN_VARIANTS = [name for name, cls in VARIANTS.items() if issubclass(cls.block_class, AdaLNZeroDiTBlock)]
 SOURCE_STYLE = {"activation_fn": "linear-silu", "norm_elementwise_affine": True, "output_modulation": False}
 NO_CLASSES = {"num_classes": None}
+SPECTRALDIT = {
+    "band_branches": "mlp",
+    "band_gates": "scalar",
+    "band_basis": "binomial",
+    "band_adapters": False,
+    "band_clock": False,
+}
 TEXT = {"num_classes": None, "pooled_projection_dim": TEXT_DIM}
 
 # Every variant plainly, then every switch on one variant that it is most likely to break.
@@ -30,6 +37,8 @@ CONFIGURATIONS = {
     "preconditioned": ("freq_gate", {"preconditioning": "learned", "prediction_type": "v_prediction"}),
     "band_gate_low_rank": ("band_gate", {**TEXT, "modulation_rank": 4, "band_drive": "class"}),
     "band_gate_scalar": ("band_gate", {"band_gates": "scalar", "band_branches": "mlp", "band_drive": "time"}),
+    "band_gate_spectraldit": ("band_gate", SPECTRALDIT),
+    "band_gate_none": ("band_gate", {"band_branches": "none"}),
     "as_in_diffusers": ("adaln_zero", {"freq_shift": 1, "mlp_norm_eps": 1e-5}),
 }
 

@@ -325,7 +325,7 @@ def block_gate_section(subject: Subject) -> Section:
     """The gates of the blocks."""
     title = "The gates"
     transformer = subject.pipe.transformer
-    kinds = transformer.block_class.inspectable
+    kinds = transformer.inspectable
     train_steps = subject.pipe.scheduler.config.num_train_timesteps
     if "gate" in kinds:
         timesteps, gates = gate_table(transformer, train_steps)
@@ -381,7 +381,7 @@ def block_gate_section(subject: Subject) -> Section:
                 rows.append({"block": block, "branch": branch, **ends, "correlation": correlation})
         mean = {name: np.mean([row[name] for row in rows]) for name in ends}
         falling = np.mean([row["correlation"] < 0 for row in rows])
-        is_frequency = transformer.config.band_basis == "dct"
+        is_frequency = transformer.config.band_basis != "random"
         meaning = (
             "Low and high are frequencies of the token grid by construction, so the direction means something: of the "
             "gain of a branch, not of the image."
@@ -584,7 +584,7 @@ def division(index) -> int | None:
 def _claim_division(section: Section, subject: Subject, index, correct: dict, serves: int | None):
     """Whether the paths share out structure and texture: of Freq-Gate, whose names are arbitrary, either way round."""
     transformer = subject.pipe.transformer
-    if "band" not in transformer.block_class.inspectable:
+    if "band" not in transformer.inspectable:
         claim, sides = "One of Low and High serves structure more, the other texture", (1, -1)
     else:
         claim, sides = "The condition in Low serves structure more than texture, compared with that in High", (1,)
