@@ -299,6 +299,25 @@ def spectral_gate_curves(log_snr: Sequence[float], learned: np.ndarray, wiener: 
     return figure
 
 
+def error_curves(steps: Sequence[float], errors: dict[str, np.ndarray]):
+    """Held-out error of each arm of a comparison over training, the mean of its seeds, best at the end first.
+
+    Args:
+        steps: `(S,)`, ascending; a first one of 0 is left out, where untrained models span orders of magnitude.
+        errors: arm -> `(seeds, S)`.
+    """
+    figure, axes = new_figure(9, 4.5)
+    start = int(steps[0] == 0 and len(steps) > 1)
+    for index, arm in enumerate(sorted(errors, key=lambda arm: errors[arm][:, -1].mean())):
+        colour, style = PALETTE[index % len(PALETTE)], ("-", "--", ":", "-.")[index // len(PALETTE) % 4]
+        axes.plot(steps[start:], errors[arm].mean(0)[start:], style, color=colour, lw=1.5, marker="o", ms=3, label=arm)
+    axes.set(xlabel="optimiser step", ylabel="held-out error", title="Mean over seeds; best at the end first")
+    _label_log_scale(axes)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def difference_curves(
     steps: Sequence[float], differences: dict[str, list[dict]], baseline: str, xlabel: str = "optimiser step"
 ):

@@ -4,13 +4,14 @@
 
 The file names the arms (options of training/train.py that differ), what they share, the seeds, the baseline, and the
 contrasts that the comparison is made for. An arm may say `match: num_layers` or `match: modulation_rank`, which is
-then chosen to bring it to the baseline's number of parameters (`match_by: flops`: of FLOPs). Runs go into
-`--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the order of the data, noise, timesteps
-and dropped labels of all arms alike, and all are validated on the same noisy images: differences are paired. With
-`evaluation` (options of training/evaluation.py) each trained model is sampled from the same noise and its images are
-measured too. `--parallel` runs go at a time, each with its part of the cores, spread over the GPUs: a small model
-leaves most of a GPU idle, so several may share one. Written: `comparison.json` (all numbers), `comparison.md` (the
-tables), `curves.png` (by training step), `timesteps.png` (by noise level), `forest.png` (by frequency).
+then chosen to bring it to the number of parameters (`match_by: flops`: of FLOPs) of the baseline, or of the arm that
+it names in `match_to`. Runs go into `--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the
+order of the data, noise, timesteps and dropped labels of all arms alike, and all are validated on the same noisy
+images: differences are paired. With `evaluation` (options of training/evaluation.py) each trained model is sampled
+from the same noise and its images are measured too. `--parallel` runs go at a time, each with its part of the cores,
+spread over the GPUs: a small model leaves most of a GPU idle, so several may share one. Written: `comparison.json`
+(all numbers), `comparison.md` (the tables), `errors.png` (by training step), `curves.png` (differences by step),
+`timesteps.png` (by noise level), `forest.png` (by frequency).
 
 Every run is a process of train.py, so its numbers are those of that command. Processes that share a GPU take turns on
 it unless NVIDIA's Multi-Process Service runs (`nvidia-cuda-mps-control -d`), which lets them compute at once.
@@ -36,7 +37,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from freqgate_dit.devices import accelerators, available_cores
-from freqgate_dit.files import read_json_lines, write_text
+from freqgate_dit.files import read_json, read_json_lines, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.training.checkpoints import checkpoint_folders
 from freqgate_dit.training.config import TrainingRun, parse_config
@@ -66,10 +67,11 @@ class Comparison:
         baseline: name of the arm that the others are compared with.
         seeds: of training, at least 2.
         common: options of the trainer that all arms share.
-        arms: name -> options of the trainer that only this arm has; `match` names the option to choose for it.
+        arms: name -> options of the trainer that only this arm has; `match` names the option to choose for it, and
+            `match_to` the arm that it is matched to, by default the baseline.
         contrasts: pairs of arms, the first compared with the second, that were chosen before looking; p-values are
             adjusted for their number. By default each arm with the baseline.
-        match_by: what matched arms have as many of as the baseline: "parameters" or "flops".
+        match_by: what matched arms have as many of as what they are matched to: "parameters" or "flops".
         weights: which held-out errors count: "ema", of the averaged weights, or "raw".
         evaluation: options of `training/evaluation.py` for the images of each trained model; by default they are not
             sampled.
@@ -101,10 +103,17 @@ class Comparison:
             for name in SHARED:
                 if name in options:
                     raise ValueError(f"`arms` has `{name}` in {arm!r}; that must be the same for all: use `common`.")
-            if options.get("match", MATCHED[0]) not in MATCHED or ("match" in options and arm == self.baseline):
+            if options.get("match", MATCHED[0]) not in MATCHED:
                 raise ValueError(
-                    f"`match` ({options['match']!r}) in {arm!r}: an arm other than the baseline can match by "
-                    f"{' or '.join(MATCHED)}."
+                    f"`match` ({options['match']!r}) in {arm!r}: an arm can match by {' or '.join(MATCHED)}."
+                )
+            target = options.get("match_to", self.baseline)
+            if "match_to" in options and "match" not in options:
+                raise ValueError(f"`match_to` ({target!r}) in {arm!r} needs `match`, {' or '.join(MATCHED)}.")
+            if "match" in options and (target == arm or "match" in self.arms.get(target, {"match": None})):
+                raise ValueError(
+                    f"`match_to` ({target!r}) in {arm!r} must be another of the arms ({', '.join(self.arms)}), one "
+                    "without a `match` of its own."
                 )
         for name in ("seed", "output_dir"):
             if name in self.common:
@@ -121,7 +130,7 @@ class Comparison:
 
     def arguments(self, arm: str, seed: int, folder: Path) -> list[str]:
         """The trainer's command line for one run in `folder`."""
-        options = {name: value for name, value in self.arms[arm].items() if name != "match"}
+        options = {name: value for name, value in self.arms[arm].items() if name not in ("match", "match_to")}
         return words_of({**self.common, **options, "seed": seed, "output_dir": folder})
 
     def config(self, arm: str, **options) -> TrainingRun:
@@ -159,6 +168,9 @@ def only(comparison: Comparison, arms: Sequence[str]) -> Comparison:
         if arm not in comparison.arms:
             raise ValueError(f"`--arms` has {arm!r}: choose some of {', '.join(comparison.arms)}.")
     kept = {name: options for name, options in comparison.arms.items() if name in (*arms, comparison.baseline)}
+    for arm, options in kept.items():
+        if options.get("match_to", arm) not in kept:
+            raise ValueError(f"`--arms` has {arm!r}, which is matched to {options['match_to']!r}: name that one too.")
     contrasts = [pair for pair in comparison.contrasts if set(pair) <= set(kept)]
     if not contrasts:
         raise ValueError(f"`--arms` ({', '.join(arms)}) leaves none of the contrasts {comparison.contrasts}.")
@@ -167,18 +179,17 @@ def only(comparison: Comparison, arms: Sequence[str]) -> Comparison:
 
 def matched(comparison: Comparison, sizes: ModelSizes) -> Comparison:
     """The comparison with a number in place of every `match`."""
-    target = sizes(comparison.config(comparison.baseline))[comparison.match_by]
     arms = dict(comparison.arms)
     for arm, options in comparison.arms.items():
         if "match" in options:
             name = options["match"]
+            target = sizes(comparison.config(options.get("match_to", comparison.baseline)))[comparison.match_by]
 
             def count(value: int) -> int:
                 return sizes(comparison.config(arm, **{name: value}))[comparison.match_by]
 
-            arms[arm] = {key: value for key, value in options.items() if key != "match"} | {
-                name: nearest(count, target)
-            }
+            kept = {key: value for key, value in options.items() if key not in ("match", "match_to")}
+            arms[arm] = {**kept, name: nearest(count, target)}
     return replace(comparison, arms=arms)
 
 
@@ -203,6 +214,17 @@ class Job:
 def is_trained(folder: Path, steps: int) -> bool:
     validated = [record["step"] for record in read_json_lines(folder / "validation.jsonl")]
     return validated[-1:] == [steps] and (folder / "pipeline" / "model_index.json").is_file()
+
+
+def refuse_to_overwrite(out: Path, arms: Sequence[str]):
+    """Raise if `out` has a report on an arm that is not one of `arms`."""
+    file = out / "comparison.json"
+    missing = [arm for arm in read_json(file)["arms"] if arm not in arms] if file.is_file() else []
+    if missing:
+        raise ValueError(
+            f"`--out` ({out}) has a report on {', '.join(missing)} too, which this one would replace: choose another "
+            f"folder, or move {file.name} away."
+        )
 
 
 def refuse_other_options(name: str, folder: Path, wanted: TrainingRun):
@@ -360,6 +382,7 @@ def run(options: argparse.Namespace):
             print(f"python training/train.py {' '.join(words)}")
         return
 
+    refuse_to_overwrite(options.out, list(comparison.arms))
     for (arm, seed), folder in folders.items():
         refuse_other_options(f"{arm} with seed {seed}", folder, parse_config(training[arm, seed]))
 

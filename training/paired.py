@@ -136,11 +136,12 @@ def _arms_table(result: dict) -> str:
             f"{arm['images_per_second']:.0f}",
             f"{arm['loss_mean']:.5f} ± {arm['loss_std']:.5f}",
             "baseline" if is_baseline else _interval(arm["difference_percent"]),
+            "" if is_baseline else f"{arm['difference_percent']['p_two_sided']:.3f}",
         ]
         measured = [arm["metrics"][metric] for metric in metrics]
         row += [f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" for values in measured]
         rows.append(tuple(row))
-    return table(rows, ("arm", "parameters", "GFLOPs", "images/s", "held-out error", "difference", *metrics))
+    return table(rows, ("arm", "parameters", "GFLOPs", "images/s", "held-out error", "difference", "p", *metrics))
 
 
 def _contrasts_table(result: dict) -> str:
@@ -163,15 +164,16 @@ def markdown(result: dict) -> str:
     return (
         f"{_arms_table(result)}\n\nHeld-out error after {result['steps'][-1]} steps, {result['weights']} weights, "
         f"mean ± standard deviation over {seeds} seeds. Differences in percent of the baseline's error, with 95 % "
-        f"t-intervals of the paired mean.\n\n{_contrasts_table(result)}\n\nWhat the comparison was made for, in "
-        "percent of the error of the second arm, by spatial frequency too; p by all sign flips, two-sided, at best "
-        f"{2.0 ** (1 - seeds):.3f} with {seeds} seeds, and adjusted for the number of rows (Holm). A negative "
-        "difference in held-out error is a better denoiser, and says nothing yet about images.\n"
+        "t-intervals of the paired mean; p by all sign flips, two-sided, not adjusted.\n\n"
+        f"{_contrasts_table(result)}\n\nWhat the comparison was made for, in percent of the error of the second arm, "
+        f"by spatial frequency too; p as above, at best {2.0 ** (1 - seeds):.3f} with {seeds} seeds, and adjusted for "
+        "the number of rows (Holm). A negative difference in held-out error is a better denoiser, and says nothing "
+        "yet about images.\n"
     )
 
 
 def write_report(result: dict, out: Path):
-    """`comparison.json`, `comparison.md`, `curves.png`, `timesteps.png` and `forest.png` in `out`."""
+    """`comparison.json`, `comparison.md` and the pictures, in `out`."""
     write_text(out / "comparison.json", json.dumps(result, indent=2) + "\n")
     text = markdown(result)
     write_text(out / "comparison.md", text)
@@ -181,6 +183,8 @@ def write_report(result: dict, out: Path):
         for one in result["contrasts"]
     }
     zero = f"{baseline}, or the arm named" if any(" against " in name for name in named) else baseline
+    errors = {name: np.array(arm["loss"]) for name, arm in result["arms"].items()}
+    plots.error_curves(result["steps"], errors).savefig(out / "errors.png")
     for file, x, label, key in (
         ("curves.png", result["steps"], "optimiser step", "difference_percent_by_step"),
         ("timesteps.png", result["timesteps"], "timestep (0 clean, T noise)", "difference_percent_by_timestep"),
@@ -192,4 +196,4 @@ def write_report(result: dict, out: Path):
         name: {"all": one["difference_percent"], **one["difference_percent_by_band"]} for name, one in others.items()
     }
     plots.forest_plot(rows, zero).savefig(out / "forest.png")
-    print(f"\n{text}\nwrote comparison.json, comparison.md, curves.png, timesteps.png and forest.png into {out}")
+    print(f"\n{text}\nwrote comparison.json, comparison.md and its pictures into {out}")
