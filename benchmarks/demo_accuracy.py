@@ -1,0 +1,124 @@
+"""How right are the samples of a comparison's models of the built-in data? By the classifier and sampler of the demo.
+
+python benchmarks/demo_accuracy.py --comparison runs/compare_demo --out results/demo_accuracy.json
+
+Goes on where it was cut off. Per run: shares of samples whose structure and whose texture are right, unguided and with
+guidance; held-out error; and the time of training, by its median images/s. Per arm: paired differences of the unguided
+share (mean of structure and texture) to the comparison's baseline, in percentage points.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from output import write_result
+
+from freqgate_dit import FreqGateDiTPipeline
+from freqgate_dit.devices import choose_dtype
+from freqgate_dit.files import read_json
+from freqgate_dit.model_card import table
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
+from freqgate_dit.statistics import paired_difference
+from freqgate_dit.training.config import load_yaml
+from freqgate_dit.training.demo import STEPS, sample, score
+from freqgate_dit.training.factor_classifier import train_factor_classifier
+from freqgate_dit.training.generation import weights_digest
+from freqgate_dit.training.hardware import use_all_cores
+from freqgate_dit.training.paired import read_run
+
+
+NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
+FACTORS = ("structure", "texture")
+
+
+def measure(run: Path, classifier, guidance: float, images_per_class: int, weights: str, dtype: torch.dtype) -> dict:
+    pipe = FreqGateDiTPipeline.from_pretrained(run / "pipeline", dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    labels = list(range(NUM_CLASSES)) * images_per_class
+    start = time.perf_counter()
+    found = {
+        "unguided": score(classifier, sample(pipe, labels, 1.0), labels),
+        f"guidance {guidance:g}": score(classifier, sample(pipe, labels, guidance), labels),
+    }
+    found["sampling_seconds"] = round(time.perf_counter() - start, 1)
+    trained = read_run(run, weights, evaluated=False)
+    settings = load_yaml(run / "config.yaml")
+    images = settings["max_steps"] * settings["per_device_batch_size"] * settings["gradient_accumulation_steps"]
+    found["training_seconds"] = round(images / trained["images_per_second"], 1)
+    found["held_out_error"] = trained["loss"][-1]
+    return found
+
+
+def unguided(runs: dict[int, dict]) -> np.ndarray:
+    """Percentage of right samples `(seeds,)`, mean of structure and texture."""
+    return np.array([100 * np.mean([runs[seed]["unguided"][factor] for factor in FACTORS]) for seed in sorted(runs)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--comparison", type=Path, required=True, help="folder of training/compare.py, with its report"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--images_per_class", type=int, default=8)
+    options = parser.parse_args()
+    use_all_cores()
+
+    comparison = read_json(options.comparison / "comparison.json")
+    world = comparison["common"].get("world", "mod")
+    classifier, real = train_factor_classifier(world=world, image_size=comparison["common"]["resolution"])
+    dtype = choose_dtype("auto", torch.device("cpu"))
+    cache = options.comparison / "accuracy"
+    cache.mkdir(exist_ok=True)
+    arms = {}
+    for arm in comparison["arms"]:
+        arms[arm] = {}
+        for seed in comparison["seeds"]:
+            run = options.comparison / "runs" / f"{arm}_seed{seed}"
+            asked = f"{options.guidance_scale:g}_{options.images_per_class}"
+            file = cache / f"{run.name}_{weights_digest(run / 'pipeline' / 'transformer')[:12]}_{asked}.json"
+            if not file.is_file():
+                print(f"sampling from {run.name}")
+                arguments = options.guidance_scale, options.images_per_class, comparison["weights"], dtype
+                file.write_text(json.dumps(measure(run, classifier, *arguments)))
+            arms[arm][seed] = read_json(file)
+
+    baseline = unguided(arms[comparison["baseline"]])
+    result = {
+        "command": "python training/compare.py --config benchmarks/compare_demo.yaml --out runs/compare_demo; "
+        "python benchmarks/demo_accuracy.py --comparison runs/compare_demo",
+        "sampling": {"images": NUM_CLASSES * options.images_per_class, "steps": STEPS, "dtype": str(dtype)},
+        "real": real,
+        "baseline": comparison["baseline"],
+        "arms": {
+            arm: {
+                "parameters": comparison["arms"][arm]["parameters"],
+                "runs": runs,
+                "difference_of_unguided_points": asdict(paired_difference(unguided(runs), baseline)),
+            }
+            for arm, runs in arms.items()
+        },
+    }
+    write_result(result, options.out)
+    rows = []
+    for arm, runs in arms.items():
+        row = [arm, f"{np.mean([run['held_out_error'] for run in runs.values()]):.4f}"]
+        for kind in ("unguided", f"guidance {options.guidance_scale:g}"):
+            row += [f"{100 * np.mean([run[kind][factor] for run in runs.values()]):.1f}" for factor in FACTORS]
+        difference = result["arms"][arm]["difference_of_unguided_points"]
+        row += [f"{difference['mean']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]"]
+        row += [f"{np.median([run['training_seconds'] for run in runs.values()]):.0f}"]
+        rows.append(tuple(row))
+    guided = [f"{factor}, guidance {options.guidance_scale:g}" for factor in FACTORS]
+    head = ("arm", "held-out error", *(f"{factor} %" for factor in FACTORS), *(f"{name} %" for name in guided))
+    print(table(rows, (*head, "unguided, difference", "training, s")))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
