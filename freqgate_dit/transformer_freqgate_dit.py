@@ -13,6 +13,7 @@ conditioning; the Freq-Gate-adaLN block is described in `FreqGateDiTBlock`.
 """
 
 import math
+import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -1021,21 +1022,27 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 "cosines of two coordinates."
             )
 
-    def initialize_weights(self):
-        """Initialise as DiT does: zero modulation and output, so that the untrained model predicts 0 everywhere."""
-        # Linear layers: Xavier, bias 0.
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        # The patch embedding is a linear layer on flattened patches.
-        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
-        nn.init.zeros_(self.patch_embed.bias)
-        # Embedders: normal(0.02).
-        for embedder in (self.time_embed.linear_1, self.time_embed.linear_2, self.class_embed, self.text_embed):
-            if embedder is not None:
-                nn.init.normal_(embedder.weight, std=0.02)
+    def initialize_weights(self, seed: int | None = None):
+        """Initialise as DiT does: zero modulation and output, so that the untrained model predicts 0 everywhere.
+
+        Args:
+            seed: with one, what is drawn for a tensor depends on the seed and the tensor's name alone, so variants
+                start alike wherever they have the same tensors. By default torch's own generator draws.
+        """
+
+        def generator(name: str) -> torch.Generator | None:
+            return None if seed is None else torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+        embedders = ("time_embed.linear_1", "time_embed.linear_2", "class_embed", "text_embed")
+        for name, module in self.named_modules():
+            if name in embedders:  # normal(0.02)
+                nn.init.normal_(module.weight, std=0.02, generator=generator(name))
+            elif module is self.patch_embed:  # a linear layer on flattened patches
+                nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1), generator=generator(name))
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator(name))
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
         # Modulation and output projection: zero, so that every adaLN-type block starts as the identity.
         for module in self.modules():
             if isinstance(module, Modulation):
@@ -1361,8 +1368,8 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
             projector = random_low_pass(grid, grid, self.config.band_cutoff)
             self.register_buffer("projector", projector.to(torch.get_default_device()))
 
-    def initialize_weights(self):
-        super().initialize_weights()
+    def initialize_weights(self, seed: int | None = None):
+        super().initialize_weights(seed)
         if self.clock_embed is not None:
             nn.init.zeros_(self.clock_embed.weight)
 

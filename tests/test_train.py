@@ -505,6 +505,19 @@ def test_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, options, animal
     assert_same_tensors(pipeline.transformer.state_dict(), resumed["ema-0.9"])
 
 
+def test_runs_of_a_seed_start_alike(options):
+    """Whatever their variant, and whatever was drawn before."""
+    starts = []
+    for noise, variant, seed in ((1, "adaln_zero", 0), (2, "freq_gate", 0), (1, "adaln_zero", 1)):
+        torch.manual_seed(noise)
+        trainer = Trainer(parse_config(options(variant=variant, seed=seed, dry_run="true")))
+        starts.append(trainer.model.state_dict())
+    first, other_variant, other_seed = starts
+    shared = first.keys() & other_variant.keys()
+    assert len(shared) > 20 and all(torch.equal(first[key], other_variant[key]) for key in shared)
+    assert not torch.equal(first["patch_embed.weight"], other_seed["patch_embed.weight"])
+
+
 def test_a_job_that_is_started_again_and_again(tmp_path, options):
     """`--resume auto` in an empty folder, after a kill before the first checkpoint, and with a checkpoint."""
     main(options(max_steps=4, output_dir=tmp_path / "straight"))

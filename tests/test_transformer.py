@@ -352,3 +352,27 @@ def test_autocast_casts_what_query_key_and_value_share_once(variant):
     # The residual stream stays float32, in the memory order that norms read.
     assert residual.dtype == torch.float32 and residual.is_contiguous()
     assert attention.dtype == torch.bfloat16
+
+
+def test_variants_of_a_seed_start_alike():
+    """Wherever they have the same tensors; so a comparison is not one of initialisations."""
+    options = {"modulation_rank": 4}
+    models = {name: untrained(name, **(options if name in ADALN_VARIANTS else {})) for name in VARIANTS}
+    for model in models.values():
+        model.initialize_weights(seed=7)
+    baseline = dict(models["adaln_zero"].named_parameters())
+    for name, model in models.items():
+        own = dict(model.named_parameters())
+        shared = [key for key in own if key in baseline and own[key].shape == baseline[key].shape]
+        drawn = [key for key in shared if own[key].any()]
+        assert len(drawn) >= 14 and all(torch.equal(own[key], baseline[key]) for key in shared), name
+    # As random as without a seed: other seeds, other layers and torch's own generator give other values.
+    again = untrained("adaln_zero", **options)
+    weights = [dict(model.named_parameters()) for model in (models["adaln_zero"], again)]
+    again.initialize_weights(seed=8)
+    for key in ("transformer_blocks.0.attn.to_q.weight", "patch_embed.weight", "class_embed.weight"):
+        first, second = (values[key] for values in weights)
+        assert_differ(first, second)
+        assert first.std().item() == pytest.approx(second.std().item(), rel=0.15)
+    first, second = (baseline[f"transformer_blocks.{block}.attn.to_q.weight"] for block in (0, 1))
+    assert_differ(first, second)

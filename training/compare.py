@@ -6,12 +6,12 @@ The file names the arms (options of training/train.py that differ), what they sh
 contrasts that the comparison is made for. An arm may say `match: num_layers` or `match: modulation_rank`, which is
 then chosen to bring it to the number of parameters (`match_by: flops`: of FLOPs) of the baseline, or of the arm that
 it names in `match_to`. Runs go into `--out`/runs; what is finished is kept, what was cut off resumes. A seed fixes the
-order of the data, noise, timesteps and dropped labels of all arms alike, and all are validated on the same noisy
-images: differences are paired. With `evaluation` (options of training/evaluation.py) each trained model is sampled
-from the same noise and its images are measured too. `--parallel` runs go at a time, each with its part of the cores,
-spread over the GPUs: a small model leaves most of a GPU idle, so several may share one. Written: `comparison.json`
-(all numbers), `comparison.md` (the tables), `errors.png` (by training step), `curves.png` (differences by step),
-`timesteps.png` (by noise level), `forest.png` (by frequency).
+first weights (where arms have the same ones), the order of the data, noise, timesteps and dropped labels of all arms
+alike, and all are validated on the same noisy images: differences are paired. With `evaluation` (options of
+training/evaluation.py) each trained model is sampled from the same noise and its images are measured too. `--parallel`
+runs go at a time, each with its part of the cores, spread over the GPUs: a small model leaves most of a GPU idle, so
+several may share one. Written: `comparison.json` (all numbers), `comparison.md` (the tables), `errors.png` (by
+training step), `curves.png` (differences by step), `timesteps.png` (by noise level), `forest.png` (by frequency).
 
 Every run is a process of train.py, so its numbers are those of that command. Processes that share a GPU take turns on
 it unless NVIDIA's Multi-Process Service runs (`nvidia-cuda-mps-control -d`), which lets them compute at once.

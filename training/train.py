@@ -182,8 +182,8 @@ class Trainer:
     def _build_model(self):
         config = self.config
         channels, size = sample_shape(self.vae, config.data.resolution, config.model.patch_size)
-        torch.manual_seed(config.train.seed)
         self.model = config.model.build(channels, size, self.condition.model_arguments(), config.objective)
+        self.model.initialize_weights(config.train.seed)
         self.model.to(self.device)
         self.objective = make_objective(config.objective, make_scheduler(config.objective))
         # A resumed run has weights of its own; what it once started from may be gone by now.
