@@ -368,6 +368,45 @@ def forest_plot(differences: dict[str, dict[str, dict]], baseline: str):
     return figure
 
 
+def cell_maps(timesteps: Sequence[float], bands: Sequence[str], cells: dict[str, list[list[dict | None]]]):
+    """Where in noise and frequency one recipe's held-out error differs from another's: a map per comparison.
+
+    Args:
+        timesteps: `(bins,)` centres, ascending.
+        bands: names of the octaves, in cycles per image.
+        cells: title -> `(bins, bands)` dictionaries with "mean", "low" and "high" in percent, `None` where nothing was
+            measured. A cell whose interval excludes 0 has a dot.
+    """
+    columns = min(3, len(cells))
+    rows = math.ceil(len(cells) / columns)
+    figure, panels = new_figure(
+        3.6 * columns + 0.8, 2.6 * rows + 0.3, rows, columns, squeeze=False, sharex=True, sharey=True
+    )
+    means = {
+        title: np.array([[np.nan if cell is None else cell["mean"] for cell in row] for row in table], dtype=float)
+        for title, table in cells.items()
+    }
+    largest = max(np.nanmax(np.abs(mean)) for mean in means.values()) or 1.0
+    for axes, (title, mean) in zip(panels.flat, means.items()):
+        image = axes.imshow(mean.T, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest)
+        sure = [
+            (x, y)
+            for x, row in enumerate(cells[title])
+            for y, cell in enumerate(row)
+            if cell is not None and cell["low"] * cell["high"] > 0
+        ]
+        axes.plot(*np.array(sure).reshape(-1, 2).T, ".", color="black", ms=3)
+        axes.set_title(title.replace(" against ", "\nagainst "), fontsize=8)
+        axes.set_xticks(range(0, len(timesteps), 3), [f"{timesteps[i]:.0f}" for i in range(0, len(timesteps), 3)])
+        axes.set_yticks(range(len(bands)), bands)
+    for axes in panels.flat[len(cells) :]:
+        axes.set_axis_off()
+    figure.supxlabel("timestep (0 clean, T noise)", fontsize=9)
+    figure.supylabel("cycles per image", fontsize=9)
+    figure.colorbar(image, ax=panels, label="held-out error, difference (%)")
+    return figure
+
+
 def trace_figure(log_snr: Sequence[float], bands: Sequence[str], power: np.ndarray, data: np.ndarray | None = None):
     """How the octaves of the predicted clean image grow: as curves beside the data, and as a map over the steps.
 

@@ -84,7 +84,9 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     a, b = (np.array([cleanest[arm, seed] for seed in (0, 1)]) for arm in ("band_gate", "adaln"))
     expected = 100 * (a - b).mean() / b.mean()
     assert contrast["difference_percent_by_timestep"][0]["mean"] == pytest.approx(expected) and expected != 0
-    for name in ("errors.png", "curves.png", "timesteps.png", "forest.png"):
+    cells = np.array([[cell["mean"] for cell in row] for row in contrast["difference_percent_by_cell"]])
+    assert cells.shape == (10, len(result["bands"])) and np.isfinite(cells).all()
+    for name in ("errors.png", "curves.png", "timesteps.png", "forest.png", "cells.png"):
         assert (out / name).stat().st_size > 1000
 
     # A second call trains nothing.
@@ -124,6 +126,21 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     again = json.loads((out / "comparison.json").read_text())
     for arm, numbers in result["arms"].items():
         assert again["arms"][arm]["loss"] == numbers["loss"]
+
+
+def test_arms_that_predict_different_things_are_compared_by_their_error_of_the_noise(tmp_path):
+    arms = {"adaln": {"variant": "adaln_zero"}, "epsilon": {"variant": "adaln_zero", "prediction_type": "epsilon"}}
+    main(write(tmp_path / "c.yaml", arms=arms, measure="epsilon"))
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    for arm in arms:
+        for seed in (0, 1):
+            lines = (tmp_path / "out/runs" / f"{arm}_seed{seed}" / "validation.jsonl").read_text().splitlines()
+            for step, line in enumerate(lines):
+                values = json.loads(line).get("ema") or json.loads(line)["raw"]
+                assert result["arms"][arm]["loss"][seed][step] == values["epsilon_loss"]
+    assert (values["epsilon_loss"] == values["loss"]) and "error of the noise" in (
+        tmp_path / "out/comparison.md"
+    ).read_text()
 
 
 def test_dry_run_prints_the_commands(tmp_path, capsys):
@@ -212,6 +229,11 @@ def test_nearest_of_known_counts():
         ({"common": {"seed": 1}}, "`common` has `seed`"),
         ({"common": {"num_epochs": 1}}, "`common` needs `max_steps`"),
         ({"contrasts": [["adaln", "other"]]}, r"`contrasts` has \['adaln', 'other'\]"),
+        ({"measure": "v"}, r"`measure` \('v'\) must be own or epsilon"),
+        (
+            {"arms": {"adaln": {}, "b": {"prediction_type": "epsilon"}}},
+            r"`arms` predict different things \(epsilon, v_prediction\).*set `measure` to epsilon",
+        ),
         ({"match_by": "size"}, r"`match_by` \('size'\) must be parameters or flops"),
         ({"arms": {"adaln": {}, "b": {"match": "width"}}}, r"`match` \('width'\) in 'b'"),
         ({"arms": {"adaln": {"match": "num_layers"}, "b": {}}}, r"`match_to` \('adaln'\) in 'adaln' must be another"),

@@ -105,6 +105,26 @@ def test_tables_average_to_the_loss():
         assert (by_band @ share).item() == pytest.approx(loss)
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_errors_of_the_noise_are_those_of_the_noise_that_the_prediction_implies(prediction_type):
+    """The same wrong sample, told as noise, velocity or sample, is the same error of the noise."""
+    checked = validation(prediction_type=prediction_type)
+    alphas = checked.scheduler.alphas_cumprod.double()
+    answers, errors = [], []
+    for sample, _, noise, timesteps in checked.batches:
+        a, s = (x[timesteps].sqrt().view(-1, 1, 1, 1) for x in (alphas, 1 - alphas))
+        wrong = sample + 0.1 * torch.randn(sample.shape, generator=torch.Generator().manual_seed(1))
+        implied = (a * (sample - wrong) + s * noise) / s
+        answers.append({"epsilon": implied, "v_prediction": a * implied - s * wrong, "sample": wrong}[prediction_type])
+        errors.append((implied - noise).square().flatten(1).mean(1))
+    answers = iter(answers)
+    summary = result(checked, lambda *_: next(answers))
+    assert summary.epsilon_loss == pytest.approx(torch.cat(errors).mean().item(), rel=1e-4)
+    share = summary.coefficients.double() / summary.coefficients.sum()
+    torch.testing.assert_close(summary.epsilon_table @ share, summary.epsilon_loss_by_timestep)
+    assert (prediction_type == "epsilon") == (summary.epsilon_loss == summary.loss)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (6, 16)])
 def test_error_of_one_frequency_lands_in_its_band(size):
     data = CachedLatents(torch.zeros(12, 1, 2, *size))

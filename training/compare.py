@@ -11,7 +11,8 @@ alike, and all are validated on the same noisy images: differences are paired. W
 training/evaluation.py) each trained model is sampled from the same noise and its images are measured too. `--parallel`
 runs go at a time, each with its part of the cores, spread over the GPUs: a small model leaves most of a GPU idle, so
 several may share one. Written: `comparison.json` (all numbers), `comparison.md` (the tables), `errors.png` (by
-training step), `curves.png` (differences by step), `timesteps.png` (by noise level), `forest.png` (by frequency).
+training step), `curves.png` (differences by step), `timesteps.png` (by noise level), `forest.png` (by frequency),
+`cells.png` (by both).
 
 Every run is a process of train.py, so its numbers are those of that command. Processes that share a GPU take turns on
 it unless NVIDIA's Multi-Process Service runs (`nvidia-cuda-mps-control -d`), which lets them compute at once.
@@ -52,7 +53,7 @@ from freqgate_dit.training.report_page import digest
 SHARED = (
     "dataset dataset_split dataset_revision image_column label_column world data_seed resolution num_images "
     "heldout_per_class heldout_fraction vae vae_subfolder vae_revision condition prompt_template text_encoder "
-    "tokenizer prediction_type num_train_timesteps beta_schedule beta_start beta_end num_validation_images max_steps "
+    "tokenizer num_train_timesteps beta_schedule beta_start beta_end num_validation_images max_steps "
     "num_epochs per_device_batch_size gradient_accumulation_steps validate_every seed output_dir"
 ).split()
 # What may differ between a run that is there and the one that is wanted: it changes none of its numbers.
@@ -73,6 +74,8 @@ class Comparison:
             adjusted for their number. By default each arm with the baseline.
         match_by: what matched arms have as many of as what they are matched to: "parameters" or "flops".
         weights: which held-out errors count: "ema", of the averaged weights, or "raw".
+        measure: of what: "own", what the models predict, or "epsilon", the noise that their predictions imply, which
+            compares arms of different prediction types.
         evaluation: options of `training/evaluation.py` for the images of each trained model; by default they are not
             sampled.
 
@@ -87,6 +90,7 @@ class Comparison:
     contrasts: list[tuple[str, str]] = field(default_factory=list)
     match_by: str = "parameters"
     weights: str = "ema"
+    measure: str = "own"
     evaluation: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -94,7 +98,11 @@ class Comparison:
             raise ValueError(f"`seeds` ({self.seeds}) must be at least 2 different numbers.")
         if len(self.arms) < 2 or self.baseline not in self.arms:
             raise ValueError(f"`baseline` ({self.baseline!r}) must be one of at least 2 `arms` ({list(self.arms)}).")
-        for name, choices in (("weights", ("ema", "raw")), ("match_by", tuple(COUNTS))):
+        for name, choices in (
+            ("weights", ("ema", "raw")),
+            ("measure", ("own", "epsilon")),
+            ("match_by", tuple(COUNTS)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` ({getattr(self, name)!r}) must be {' or '.join(choices)}.")
         for arm, options in self.arms.items():
@@ -154,7 +162,7 @@ def load_comparison(path: Path) -> Comparison:
     except (yaml.YAMLError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`--config` ({path}) must hold baseline, seeds, common, arms, and perhaps contrasts, match_by, weights, "
-            f"evaluation: {error}."
+            f"measure, evaluation: {error}."
         ) from error
 
 
@@ -365,6 +373,12 @@ def run(options: argparse.Namespace):
     steps = configs[0].train.max_steps
     if steps is None:
         raise ValueError("`common` needs `max_steps`, the budget of every run.")
+    types = sorted({config.objective.prediction_type for config in configs})
+    if comparison.measure == "own" and len(types) > 1:
+        raise ValueError(
+            f"`arms` predict different things ({', '.join(types)}), whose errors do not compare: set `measure` to "
+            "epsilon."
+        )
     evaluation = comparison.evaluation
     if evaluation:
         words = words_of({"pipeline": "pipeline", **evaluation})

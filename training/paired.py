@@ -16,11 +16,15 @@ from freqgate_dit.summary import read_summary
 from freqgate_dit.training.matching import size_cells
 
 
-def read_run(folder: Path, weights: str, evaluated: bool) -> dict:
+ERRORS = ("loss", "loss_by_band", "loss_by_timestep", "table")
+
+
+def read_run(folder: Path, weights: str, evaluated: bool, measure: str = "own") -> dict:
     """What a run measured; with images if it was `evaluated`.
 
     Returns: "steps", "loss" `(S,)`, "bands", "loss_by_band" `(S, bands)`, "loss_by_timestep" `(S, bins)` from clean to
-    noise, "num_train_timesteps", "images_per_second", and "metrics", name -> value, of the trained model's images.
+    noise, "table" `(S, bins, bands)`, "num_train_timesteps", "images_per_second", and "metrics", name -> value, of the
+    trained model's images.
     """
     records = read_json_lines(folder / "validation.jsonl")
     measured = [record.get(weights) or record["raw"] for record in records]
@@ -28,12 +32,11 @@ def read_run(folder: Path, weights: str, evaluated: bool) -> dict:
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     evaluation = folder / "evaluation" / "evaluation.json"
     metrics = read_json(evaluation)["metrics"] if evaluated else []
+    prefix = "" if measure == "own" else f"{measure}_"
     return {
         "steps": [record["step"] for record in records],
-        "loss": [values["loss"] for values in measured],
+        **{name: [values[prefix + name] for values in measured] for name in ERRORS},
         "bands": measured[0]["bands"],
-        "loss_by_band": [values["loss_by_band"] for values in measured],
-        "loss_by_timestep": [values["loss_by_timestep"] for values in measured],
         "num_train_timesteps": measured[0]["num_train_timesteps"],
         "images_per_second": float(np.median(speeds or [np.nan])),
         "metrics": {metric["name"]: metric["value"] for metric in metrics},
@@ -49,15 +52,15 @@ def relative_difference(arm: np.ndarray, baseline: np.ndarray) -> dict:
 class Measured:
     """The numbers of all runs, by arm and seed, as arrays with the seeds first."""
 
-    def __init__(self, folders: dict[tuple[str, int], Path], weights: str, evaluated: bool):
-        self.runs = {key: read_run(folder, weights, evaluated) for key, folder in folders.items()}
+    def __init__(self, folders: dict[tuple[str, int], Path], *options):
+        self.runs = {key: read_run(folder, *options) for key, folder in folders.items()}
         self.seeds = list(dict.fromkeys(seed for _, seed in folders))
         first = next(iter(self.runs.values()))
         self.steps, self.bands, self.metrics = first["steps"], first["bands"], list(first["metrics"])
 
     def of(self, arm: str, name: str) -> np.ndarray:
         """`(seeds, ...)`: "loss" `(seeds, S)`, "loss_by_band" `(seeds, S, bands)`."""
-        return np.array([self.runs[arm, seed][name] for seed in self.seeds])
+        return np.array([self.runs[arm, seed][name] for seed in self.seeds], dtype=float)
 
     def metric(self, arm: str, name: str) -> np.ndarray:
         return np.array([self.runs[arm, seed]["metrics"][name] for seed in self.seeds])
@@ -80,6 +83,14 @@ class Measured:
             },
         }
 
+    def difference_by_cell(self, arm: str, other: str) -> list[list[dict | None]]:
+        """Of `arm` to `other` at the end, in percent: by timestep, and there by band; `None` without images."""
+        cells, base = self.of(arm, "table")[:, -1], self.of(other, "table")[:, -1]  # (seeds, bins, bands)
+        return [
+            [relative_difference(*pair) if np.isfinite(pair).all() else None for pair in zip(row.T, base_row.T)]
+            for row, base_row in zip(cells.swapaxes(0, 1), base.swapaxes(0, 1))
+        ]
+
 
 def summarise(comparison, folders: dict[tuple[str, int], Path]) -> dict:
     """All numbers of a `compare.Comparison` from its finished runs, ready for JSON.
@@ -87,7 +98,7 @@ def summarise(comparison, folders: dict[tuple[str, int], Path]) -> dict:
     Args:
         folders: (arm, seed) -> folder, all arms for each of the seeds.
     """
-    measured = Measured(folders, comparison.weights, bool(comparison.evaluation))
+    measured = Measured(folders, comparison.weights, bool(comparison.evaluation), comparison.measure)
     arms = {}
     for arm, options in comparison.arms.items():
         model = read_summary(folders[arm, measured.seeds[0]] / "pipeline")
@@ -105,7 +116,13 @@ def summarise(comparison, folders: dict[tuple[str, int], Path]) -> dict:
         if arm != comparison.baseline:
             arms[arm] |= measured.difference(arm, comparison.baseline)
     contrasts = [
-        {"arm": arm, "against": other, **measured.difference(arm, other)} for arm, other in comparison.contrasts
+        {
+            "arm": arm,
+            "against": other,
+            **measured.difference(arm, other),
+            "difference_percent_by_cell": measured.difference_by_cell(arm, other),
+        }
+        for arm, other in comparison.contrasts
     ]
     for contrast, p in zip(contrasts, holm([one["difference_percent"]["p_two_sided"] for one in contrasts])):
         contrast["p_holm"] = p
@@ -161,8 +178,9 @@ def _contrasts_table(result: dict) -> str:
 def markdown(result: dict) -> str:
     """The comparison as two tables: the arms, best first, and the contrasts."""
     seeds = len(result["seeds"])
+    error = "Held-out error" if result["measure"] == "own" else "Held-out error of the noise"
     return (
-        f"{_arms_table(result)}\n\nHeld-out error after {result['steps'][-1]} steps, {result['weights']} weights, "
+        f"{_arms_table(result)}\n\n{error} after {result['steps'][-1]} steps, {result['weights']} weights, "
         f"mean ± standard deviation over {seeds} seeds. Differences in percent of the baseline's error, with 95 % "
         "t-intervals of the paired mean; p by all sign flips, two-sided, not adjusted.\n\n"
         f"{_contrasts_table(result)}\n\nWhat the comparison was made for, in percent of the error of the second arm, "
@@ -196,4 +214,8 @@ def write_report(result: dict, out: Path):
         name: {"all": one["difference_percent"], **one["difference_percent_by_band"]} for name, one in others.items()
     }
     plots.forest_plot(rows, zero).savefig(out / "forest.png")
+    cells = {
+        f"{one['arm']} against {one['against']}": one["difference_percent_by_cell"] for one in result["contrasts"]
+    }
+    plots.cell_maps(result["timesteps"], result["bands"], cells).savefig(out / "cells.png")
     print(f"\n{text}\nwrote comparison.json, comparison.md and its pictures into {out}")

@@ -21,6 +21,19 @@ from freqgate_dit.training.batches import VALIDATION, derived_seed
 from freqgate_dit.training.latents import CachedLatents
 
 
+def noise_error_weights(scheduler) -> torch.Tensor:
+    """What a squared error of the prediction is as one of the noise, at each timestep: `(T,)` float64 on the CPU.
+
+    The noise error is sqrt(alpha_bar) times the velocity error, and sqrt(SNR) times the error of the sample.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
+    return {
+        "epsilon": torch.ones_like(alphas_cumprod),
+        "v_prediction": alphas_cumprod,
+        "sample": alphas_cumprod / (1 - alphas_cumprod),
+    }[scheduler.config.prediction_type]
+
+
 def information_weights(scheduler) -> torch.Tensor:
     """What a gap in squared error (null - true, summed over a sample) counts in nats, at each timestep.
 
@@ -42,13 +55,7 @@ def information_weights(scheduler) -> torch.Tensor:
     widths = torch.zeros_like(log_snr)
     widths[:-1] += steps
     widths[1:] += steps
-    # The noise error is sqrt(alpha_bar) times the velocity error, and sqrt(SNR) times the error of the sample.
-    noise_error = {
-        "epsilon": torch.ones_like(alphas_cumprod),
-        "v_prediction": alphas_cumprod,
-        "sample": alphas_cumprod / (1 - alphas_cumprod),
-    }
-    return len(widths) * widths * noise_error[scheduler.config.prediction_type] / 2
+    return len(widths) * widths * noise_error_weights(scheduler) / 2
 
 
 def entropy(labels: torch.Tensor) -> float:
@@ -71,8 +78,10 @@ class ValidationResult:
         num_images: `(bins,)` images in each timestep bin.
         loss, loss_by_timestep, loss_by_band, table: over everything; per bin; per band; both. A mean over bands
             weighted by `coefficients` is the plain mean squared error (Parseval).
-        null_loss, null_loss_by_timestep, null_loss_by_band, null_table: the same on the same noisy inputs without
-            their label.
+        epsilon_loss, epsilon_loss_by_timestep, epsilon_loss_by_band, epsilon_table: the same of the noise that the
+            predictions imply, which compares models of different prediction types.
+        null_loss, null_loss_by_timestep, null_loss_by_band, null_table: the same as `loss` on the same noisy inputs
+            without their label.
         information: estimate J of the information about the condition that the predictions use, in nats (see this
             module). Not clipped: an optimal model has J at most `label_entropy`; more means that the null
             condition is predicted worse than it could be, less than 0 that the label does harm.
@@ -89,6 +98,10 @@ class ValidationResult:
     loss_by_timestep: torch.Tensor
     loss_by_band: torch.Tensor
     table: torch.Tensor
+    epsilon_loss: float
+    epsilon_loss_by_timestep: torch.Tensor
+    epsilon_loss_by_band: torch.Tensor
+    epsilon_table: torch.Tensor
     null_loss: float | None = None
     null_loss_by_timestep: torch.Tensor | None = None
     null_loss_by_band: torch.Tensor | None = None
@@ -169,6 +182,7 @@ class Validation:
         # Differences of conditions are far below the errors themselves, so sums are float64; Apple's GPUs have none.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.information_weights = information_weights(scheduler).to(self.dtype).to(self.device)
+        self.noise_error_weights = noise_error_weights(scheduler).to(self.dtype).to(self.device)
         self.band_names = octave_labels(*self.shape[1:])
         bands = octave_bands(*self.shape[1:], device=self.device).flatten()
         self.band_members = self._one_hot(bands, len(self.band_names)).T  # (H * W, bands)
@@ -201,8 +215,8 @@ class Validation:
             denoise: `(noisy (B, C, H, W), timesteps (B,), labels (B,) or None) -> prediction (B, C, H, W)`.
 
         Returns:
-            "count" `(bins,)`, "energy" `(bins, bands)`; and with a null condition "null_energy" and "information"
-            `(bins, bands)`, "information_square" `(bins,)`. On the data's device.
+            "count" `(bins,)`, "energy" and "epsilon_energy" `(bins, bands)`; and with a null condition "null_energy"
+            and "information" `(bins, bands)`, "information_square" `(bins,)`. On the data's device.
         """
         totals = self._zeros()
         for sample, labels, noise, timesteps in self.batches:
@@ -213,6 +227,7 @@ class Validation:
             energy = self._band_energy(denoise(noisy, timesteps, labels), target)
             totals["count"] += members.sum(dim=1)
             totals["energy"] += members @ energy
+            totals["epsilon_energy"] += members @ (self.noise_error_weights[timesteps, None] * energy)
             if self.null_label is not None:
                 null_labels = torch.full_like(labels, self.null_label)
                 null_energy = self._band_energy(denoise(noisy, timesteps, null_labels), target)
@@ -228,6 +243,7 @@ class Validation:
         count = totals["count"]
         coefficients = self.shape[0] * self.band_members.sum(dim=0).double().cpu()
         values = _means("", totals["energy"], count, coefficients)
+        values |= _means("epsilon_", totals["epsilon_energy"], count, coefficients)
         if self.null_label is not None:
             values |= _means("null_", totals["null_energy"], count, coefficients)
             values |= _information(totals["information"], totals["information_square"], count)
@@ -242,7 +258,7 @@ class Validation:
 
     def _zeros(self) -> dict[str, torch.Tensor]:
         bins, bands = self.num_bins, len(self.band_names)
-        shapes = {"count": (bins,), "energy": (bins, bands)}
+        shapes = {"count": (bins,), "energy": (bins, bands), "epsilon_energy": (bins, bands)}
         if self.null_label is not None:
             shapes |= {"null_energy": (bins, bands), "information": (bins, bands), "information_square": (bins,)}
         return {name: torch.zeros(shape, dtype=self.dtype, device=self.device) for name, shape in shapes.items()}
