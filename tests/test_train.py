@@ -182,6 +182,14 @@ def test_bf16_keeps_weights_in_float32(tmp_path, options):
     assert half != full and half == pytest.approx(full, rel=0.02)
 
 
+def test_another_precision_than_before_is_told(options, capsys):
+    for step, precision, told in ((2, "bf16", None), (4, "no", "bf16"), (5, "no", None), (6, "bf16", "no")):
+        train(options(mixed_precision=precision, max_steps=step, resume="auto"))
+        printed = capsys.readouterr().out
+        words = f"trained with mixed precision {told}, this machine goes on with {precision}"
+        assert (words in printed) if told else ("this machine goes on" not in printed)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_train_validate_and_sample_alike(tmp_path, options):
     """29 images are no multiple of the batch, and previews are guided: several shapes through one compiled block."""

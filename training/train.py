@@ -244,6 +244,12 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
         self.step = state["step"]
         self.print(f"resuming from {name}")
+        now, before = self.accelerator.mixed_precision, state.get("mixed_precision")
+        if before not in (None, now):
+            self.print(
+                f"  note: it was trained with mixed precision {before}, this machine goes on with {now}: say "
+                f"`--mixed_precision {before}` to go on as before"
+            )
         later = [path.name for path in checkpoint_folders(self.output_dir / "checkpoints") if path.name > name]
         if later:
             self.print(f"  the first save deletes what lies beyond it: {', '.join(later)}")
@@ -509,6 +515,7 @@ class Trainer:
                 "ema": list(self.averages.profiles),
                 "averages": self.averages.state(),
                 "global_batch_size": self.global_batch_size,
+                "mixed_precision": self.accelerator.mixed_precision,
                 "fingerprints": self.fingerprints,
                 "class_names": list(self.condition.class_names),
                 "config": self.config.to_dict(),
