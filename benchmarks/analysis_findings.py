@@ -31,6 +31,10 @@ TABLES = (
 )
 
 
+# Shares of images that show a factor of their label, or of the one that it was exchanged with.
+RIGHT = ("structure_right", "texture_right", "structure_of_other", "texture_of_other")
+
+
 def read_table(report: Path, name: str) -> list[dict]:
     path = report / "sections" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
@@ -73,11 +77,21 @@ def collect(reports: list[Path]) -> dict:
     gates = tables["gates/gates"]
     if all(gates):
         result["gates"] = {name: [[row[name] for row in table] for table in gates] for name in gates[0][0]}
+    means = [read_table(report, "gates/gate_means") for report in reports]
+    if all(means):
+        by_block = [
+            [[row["mean_gate"] for row in table if row["block"] == block] for block in range(len(gates[0]))]
+            for table in means
+        ]
+        result["range_of_mean_gate"] = [[max(values) - min(values) for values in blocks] for blocks in by_block]
     gains = tables["gates/gains"]
     if all(gains):
         result["gains"] = {name: [[row[name] for row in table] for table in gains] for name in gains[0][0]}
     if all(tables["interventions/dissociation"]):
         result["dissociation"] = over_seeds([table[0]["index"] for table in tables["interventions/dissociation"]])
+        result["dissociation"]["intervals"] = [
+            [table[0]["low"], table[0]["high"]] for table in tables["interventions/dissociation"]
+        ]
     if all(tables["information/ceiling"]):
         over = [table[0]["nats"] / table[0]["entropy"] for table in tables["information/ceiling"]]
         result["information_over_entropy"] = over_seeds(over)
@@ -100,6 +114,10 @@ def collect(reports: list[Path]) -> dict:
             if name != "none"
         }
     if all(losses):
+        result["right"] = {
+            name: {key: over_seeds([rows[name][key] for rows in losses]) for key in RIGHT if key in losses[0]["none"]}
+            for name in losses[0]
+        }
         result["effects"] = {
             name: {band: [rows[name][band] for rows in losses] for band in losses[0][name] if band[:7] == "change_"}
             for name in losses[0]
@@ -107,7 +125,7 @@ def collect(reports: list[Path]) -> dict:
         }
     for name in ("arrival", "arrival_of_pixels"):
         if all(tables[f"order/{name}"]):
-            result[name] = [table[0] for table in tables[f"order/{name}"]]
+            result[name] = [[row for row in table if row["class"] == "all"] for table in tables[f"order/{name}"]]
     return result
 
 

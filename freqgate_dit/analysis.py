@@ -22,7 +22,14 @@ def gate_table(
 
     Returns:
         timesteps `(T,)` from 0 to `num_train_timesteps - 1`, gates `(T, blocks, channels)` in (0, 1).
+
+    Raises:
+        ValueError: for a model without such a gate.
     """
+    if "gate" not in transformer.inspectable:
+        raise ValueError(
+            f"`transformer` is a {type(transformer).__name__}; only Freq-Gate has a gate over time alone."
+        )
     timesteps = torch.linspace(0, num_train_timesteps - 1, num_timesteps)
     temb = transformer.embed_timestep(timesteps, num_timesteps, transformer.device, transformer.dtype)
     gates = torch.stack([block.gate(temb) for block in transformer.transformer_blocks], dim=1)
@@ -76,7 +83,14 @@ def band_gain_table(
     Returns:
         timesteps `(T,)` from 0 to the last of training; root mean square over channels of the gain of the low band
         and of that of the high band, `(T, blocks, branches)` each, with the branches attention and MLP.
+
+    Raises:
+        ValueError: for a model without band gates.
     """
+    if "band" not in transformer.inspectable:
+        raise ValueError(
+            f"`transformer` is a {type(transformer).__name__} without band gates: there is no gain to read."
+        )
     config, device = transformer.config, transformer.device
     timesteps = torch.linspace(0, config.num_train_timesteps - 1, num_timesteps)
     shape = (num_timesteps, config.in_channels, config.sample_size, config.sample_size)

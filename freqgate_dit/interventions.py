@@ -37,9 +37,28 @@ def hooked(handles: list):
             handle.remove()
 
 
-def _check_classes(transformer: ConditionedDiTTransformer2DModel):
-    if transformer.config.num_classes is None:
+def _checked_labels(transformer: ConditionedDiTTransformer2DModel, labels) -> torch.Tensor | Callable:
+    """`labels` as int64; a function that will give them, as it is.
+
+    Raises:
+        ValueError: for a model without classes, or labels that are none of its.
+    """
+    classes = transformer.config.num_classes
+    if classes is None:
         raise ValueError("`transformer` is not conditioned on classes: there is no label to exchange.")
+    if callable(labels):
+        return labels
+    wanted = f"give integers from 0 to {classes}, where {classes} is the null condition"
+    try:
+        checked = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`labels` ({labels!r}) are no numbers: {wanted}.") from error
+    if checked.is_floating_point() or checked.is_complex() or checked.dtype == torch.bool:
+        raise ValueError(f"`labels` ({labels!r}) are no integers: {wanted}.")
+    if checked.numel() and not (0 <= checked.min() and checked.max() <= classes):
+        wrong = checked.min() if checked.min() < 0 else checked.max()
+        raise ValueError(f"`labels` has {wrong.item()}: {wanted}.")
+    return checked.long()
 
 
 def _inputs(args: tuple, kwargs: dict) -> dict:
@@ -58,8 +77,12 @@ def _for_batch(name: str, values: torch.Tensor, size: int) -> torch.Tensor:
     return values.repeat(size // len(values))
 
 
-def relabelled(transformer, given: torch.Tensor, labels: torch.Tensor | int, from_null: bool = False) -> torch.Tensor:
+def relabelled(
+    transformer, given: torch.Tensor, labels: torch.Tensor | int | Callable, from_null: bool = False
+) -> torch.Tensor:
     """`labels` in place of the labels `given` of a batch; the null condition stays unless `from_null`."""
+    if callable(labels):
+        labels = _checked_labels(transformer, labels(given))
     labels = _for_batch("labels", torch.as_tensor(labels, device=given.device, dtype=given.dtype), len(given))
     return labels if from_null else torch.where(given == transformer.config.num_classes, given, labels)
 
@@ -67,7 +90,7 @@ def relabelled(transformer, given: torch.Tensor, labels: torch.Tensor | int, fro
 @contextmanager
 def labels_from(
     transformer: ConditionedDiTTransformer2DModel,
-    labels: torch.Tensor | int,
+    labels: torch.Tensor | int | Callable,
     log_snr: torch.Tensor | float,
     alphas_cumprod: torch.Tensor,
     from_null: bool = False,
@@ -76,12 +99,14 @@ def labels_from(
     another. With the null label, `num_classes`, it is withdrawal of the condition.
 
     Args:
-        labels: `(B,)` classes of the end, one per image, or one for all.
+        labels: `(B,)` classes of the end, one per image; one for all; or a function that makes them of the given ones.
         log_snr: `(B,)` or one for all: labels are exchanged at and above this log-SNR.
         alphas_cumprod: `(T,)` of the noise schedule.
         from_null: exchange the null condition too, for insertion of a condition; not under guidance.
     """
-    _check_classes(transformer)
+    labels = _checked_labels(transformer, labels)
+    if torch.as_tensor(log_snr).isnan().any():
+        raise ValueError(f"`log_snr` ({log_snr}) is no number: give a level, or -inf for all of them.")
     alphas_cumprod = alphas_cumprod.cpu()
 
     def exchange(module, args, kwargs):
@@ -98,19 +123,20 @@ def labels_from(
 
 
 @contextmanager
-def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, labels: torch.Tensor | int):
+def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, labels: torch.Tensor | int | Callable):
     """Exchange the class labels in one path of the condition alone: "structure of A, texture of B".
 
     Args:
         path: "low" or "high", the two views of the condition that Freq-Gate mixes, or that drive Band-Gate's two
             gates; "output", the modulation of the last layer. All of them exchanged are another label (but with
             `gate_residual` the condition goes into the blocks beside the paths, too).
-        labels: `(B,)` classes, or one for all; `num_classes` is the null condition.
+        labels: `(B,)` classes, one for all, or a function that makes them of the given ones; `num_classes` is the null
+            condition.
 
     Raises:
         ValueError: for a model without the path.
     """
-    _check_classes(transformer)
+    labels = _checked_labels(transformer, labels)
     if path not in PATHS:
         raise ValueError(f"`path` ({path!r}) must be one of {', '.join(PATHS)}.")
     if path == "output":

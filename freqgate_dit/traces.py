@@ -122,6 +122,11 @@ class DenoisingTrace:
 
     @property
     def predicted_power(self) -> torch.Tensor:
+        if not self._predicted:
+            raise ValueError(
+                "this `DenoisingTrace` has watched no call yet: pass it to the pipeline as `callback_on_step_end`, "
+                "and its `tensor_inputs` as `callback_on_step_end_tensor_inputs`."
+            )
         return torch.stack(self._predicted)
 
     @property

@@ -101,7 +101,8 @@ def test_a_report_of_a_latent_model_without_gates(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "report/sections/order").glob("*.png")}
     assert names == {"trace_of_latents.png", "trace_of_pixels.png", "predictions.png"}
     arrival = json.loads((tmp_path / "report/sections/order/arrival.json").read_text())
-    assert [row["class"] for row in arrival] == ["all", "cat", "dog", "wild"]
+    assert [row["class"] for row in arrival[::2]] == ["all", "cat", "dog", "wild"]
+    assert [row["share"] for row in arrival] == [0.5, 0.9] * 4
     effects = json.loads((tmp_path / "report/sections/interventions/interventions.json").read_text())
     assert [row["intervention"] for row in effects] == ["none", "no condition"]
 
@@ -127,7 +128,7 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
     subject = Subject(pipe, None, num_images=3, steps=3)
     section = intervention_section(subject)
     names = [row["intervention"] for row in section.tables["interventions"]]
-    paths = ["no condition in low", "no condition in high"]
+    paths = [f"{what} condition in {path}" for what in ("no", "other") for path in ("low", "high")]
     assert names == ["none", "no condition", *paths, "gate zero", "gate mean", "gate reversed"]
     tables = report_sections.gate_section(subject).tables
     gains, curves = tables["gains"], tables["gain_curves"]
@@ -242,6 +243,18 @@ def test_a_section_is_made_anew_for_another_key(tmp_path):
     for key in ("a", "a", "b"):
         section, _ = keep_section(tmp_path / "s", key, make)
     assert len(calls) == 2
+    # What is lost or damaged is made again too.
+    folder = tmp_path / "s"
+    for damage in (
+        lambda: (folder / "t.json").unlink(),
+        lambda: (folder / "t.parquet").unlink(),
+        lambda: (folder / "section.json").write_text("{}"),
+        lambda: (folder / "section.json").write_text((folder / "section.json").read_text()[:40]),
+        lambda: (folder / "section.json").unlink(),
+    ):
+        damage()
+        section, is_new = keep_section(folder, "b", make)
+        assert is_new and section.tables == {"t": [{"x": 1, "y": 0.5}]} and (folder / "t.parquet").is_file()
     page = render_page("T", ["fact"], [section])
     assert "Title &lt;1&gt;" in page and "a &amp; b" in page and "<td>0.5</td>" in page
 
@@ -287,6 +300,7 @@ def test_a_sampler_that_tells_no_prediction_leaves_the_order_out(tmp_path, capsy
         ([-2.0, -2.1, 1.0, 3.0], "from coarse to fine"),
         ([3.0, 1.0, -2.0], "from fine to coarse"),
         ([3.0, 1.0, 2.0], "not in the order"),
+        ([0.4, 0.25, 0.1, 5.0], "not in the order"),  # three small steps back
         ([-6.0, float("nan"), 0.0], "not to be told"),
     ],
 )
@@ -303,9 +317,10 @@ def test_the_order_is_read_from_the_levels(arrival, said):
             1.6,
             "texture after structure. That is as predicted",
             "supported",
-            "the model's order is the data's. Only",
+            "the model's order is the data's. What",
         ),
         (1.8, 2.4, "texture after structure. That is as predicted", "supported", "later still"),
+        (1.5, 2.4, "texture after structure. That is as predicted", "supported", "is undecided"),  # by 0.25 to 1.15
         (-2.0, -0.6, "texture before structure. That is other than predicted", "not supported", "earlier than"),
         (-0.2, 0.3, "both at about the same level. That is other than predicted", "not supported", "earlier than"),
         (-1.0, 2.0, "Undecided", "undecided", "undecided"),
@@ -318,11 +333,14 @@ def test_what_an_exchange_of_labels_shows(low, high, said, verdict, compared):
     report_sections._read_swap(section, subject, ROWS, difference)
     assert said in section.reading[1] and section.claims[0]["verdict"] == verdict
     assert "tell the two apart by +1.25" in section.reading[2] and compared in section.reading[2]
-    verdicts = {"undecided": "undecided", "the model's order is the data's. Only": "supported"}
+    verdicts = {"undecided": "undecided", "is undecided": "undecided"}
+    verdicts["the model's order is the data's. What"] = "supported"
     assert section.claims[1]["verdict"] == verdicts.get(compared, "not supported")
 
 
-@pytest.mark.parametrize("low, high, verdict", [(-0.3, 0.3, "supported"), (0.6, 0.9, "not supported")])
+@pytest.mark.parametrize(
+    "low, high, verdict", [(-0.3, 0.3, "supported"), (0.6, 0.9, "not supported"), (0.1, 0.9, "undecided")]
+)
 def test_where_no_factor_has_the_lower_frequency_none_is_claimed_to_be_first(low, high, verdict):
     subject, section = Subject(deciding_pipeline(), "same"), Section("Decisions", [])
     subject.data_information = ([], {}, {"structure": -1.0, "texture": -0.5})

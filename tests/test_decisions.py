@@ -42,6 +42,10 @@ def test_the_difference_has_the_noise_of_the_pairs():
     difference = swaps.difference(100)
     assert difference.low < 3.0 < difference.high and 0.02 < difference.standard_error < 0.3
     np.testing.assert_array_equal(swaps.share("texture"), texture.mean(0))
+    assert swaps.change("texture") > 0.95
+    same = {"structure": structure, "texture": texture[:, :1].repeat(15, axis=1)}
+    never = LabelSwaps(X, same, {name: ~table for name, table in same.items()})
+    assert never.change("texture") == 0  # whatever the level at which labels are exchanged
 
 
 def test_pairs_differ_in_both_factors():

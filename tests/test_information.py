@@ -33,9 +33,11 @@ def test_noised_images_have_the_level():
 
 def test_the_level_of_half_the_information():
     levels = np.linspace(-4, 4, 9)
-    assert half_level(levels, np.where(levels < 0, 0.0, 2.0)) == pytest.approx(-0.5)
-    assert half_level(levels, np.linspace(0, 2, 9)) == pytest.approx(0)
-    assert math.isnan(half_level(levels, np.full(9, 0.01)))  # nothing is known at any level
+    assert half_level(levels, np.where(levels < 0, 0.0, math.log(8))) == pytest.approx(-0.5)
+    assert half_level(levels, np.linspace(0, 2, 9), whole=2.0) == pytest.approx(0)
+    # A classifier that never knows all of it is not thereby one that knows it earlier.
+    assert half_level(levels, np.linspace(0, 2, 9).clip(max=1.5), whole=2.0) == pytest.approx(0)
+    assert math.isnan(half_level(levels, np.full(9, 1.0)))  # half of ln 8 is known at no level
     assert half_level(levels, np.full(9, 2.0)) == -4
 
 

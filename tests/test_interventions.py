@@ -173,6 +173,34 @@ def test_what_a_model_does_not_have():
             run(model)
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (99, r"`labels` has 99: give integers from 0 to 3, where 3 is the null"),
+        (torch.tensor([0, -1, 0, 0]), "`labels` has -1"),
+        ("cat", r"`labels` \('cat'\) are no numbers"),
+        (1.5, r"`labels` \(1.5\) are no integers"),
+        (lambda given: given + 3, "`labels` has"),
+    ],
+)
+def test_labels_that_are_none(labels, message):
+    model = tiny_transformer("freq_gate")
+    contexts = labels_from(model, labels, 0.0, ALPHAS), labels_in_path(model, "low", labels)
+    for context in contexts:
+        with pytest.raises(ValueError, match=message), context:
+            run(model, timestep=1)
+    with pytest.raises(ValueError, match=r"`log_snr` \(nan\) is no number"), labels_from(model, 0, math.nan, ALPHAS):
+        pass
+
+
+def test_labels_may_be_made_of_the_given_ones():
+    model = tiny_transformer("freq_gate")
+    with labels_in_path(model, "low", (GIVEN + 1) % NULL):
+        expected = run(model)
+    with labels_in_path(model, "low", lambda given: (given + 1) % NULL):
+        assert torch.equal(run(model), expected)
+
+
 @pytest.mark.parametrize("guider", [None, ClassifierFreeGuidance(guidance_scale=2.5)])
 def test_guidance_keeps_its_null_condition(guider):
     """Labels are exchanged in the conditional pass alone, whether guidance makes one batch of both passes or two."""

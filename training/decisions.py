@@ -50,6 +50,12 @@ class LabelSwaps:
         """Share of the images that show that factor of one of the two labels: little, and no level means anything."""
         return float((self.first[factor] | self.second[factor]).mean())
 
+    def change(self, factor: str) -> float:
+        """By how much the share of the first label grows from an early to a late exchange, at most 1. Where it is
+        little there is no level: nothing is decided between."""
+        share = self.share(factor)
+        return float(share[-1] - share[0])
+
     def level(self, factor: str, pairs: np.ndarray | None = None) -> float:
         """Log-SNR of the exchange at which the share of the first label is half-way between its values at both ends.
 

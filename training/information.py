@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
-from freqgate_dit.shapes_textures import WORLDS, ShapesTextures
+from freqgate_dit.shapes_textures import STRUCTURES, WORLDS, ShapesTextures
 from freqgate_dit.training.decisions import FACTORS
 from freqgate_dit.training.factor_classifier import FactorClassifier, factors_of, fit_factor_classifier, scaled
 
@@ -76,20 +76,27 @@ def factor_information(
     return levels.numpy(), {name: np.array(values) for name, values in nats.items()}
 
 
-def half_level(log_snr: np.ndarray, nats: np.ndarray) -> float:
-    """Log-SNR at which information first reaches half of its largest value; NaN where there is next to none.
+def half_level(log_snr: np.ndarray, nats: np.ndarray, whole: float = math.log(len(STRUCTURES))) -> float:
+    """Log-SNR at which half of what there is to know is first known; NaN where it never is.
+
+    Half of the whole, not of what this classifier ever knows, which says how well it was trained.
 
     Args:
         log_snr: `(K,)`, ascending.
         nats: `(K,)`.
+        whole: the factor's entropy; ln 8 for structure and for texture.
     """
-    if nats.max() < 0.1:
+    if nats.max() < whole / 2:
         return math.nan
-    first = int(np.argmax(nats >= nats.max() / 2))
+    first = int(np.argmax(nats >= whole / 2))
     if first == 0:
         return float(log_snr[0])
     part = slice(first - 1, first + 1)
-    return float(np.interp(nats.max() / 2, nats[part], log_snr[part]))
+    return float(np.interp(whole / 2, nats[part], log_snr[part]))
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value  # NaN is no JSON
 
 
 def main() -> None:
@@ -97,22 +104,31 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--num_images", type=int, default=32_768, help="of training the classifier")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data and classifier, one each")
     parser.add_argument("--out", type=Path, help="JSON file for the curves, written after each world")
     parser.add_argument("--figure", type=Path, help="PNG file for a picture of them")
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in ("image_size", "num_images", "seed")}
-    result = {**settings, "test_images": TEST_IMAGES, "worlds": {}}
-    print(f"{'world':10} {'structure':>10} {'texture':>10}  log-SNR at which half is known")
+    settings = {name: getattr(arguments, name) for name in ("image_size", "num_images")}
+    result = {**settings, "seeds": arguments.seeds, "test_images": TEST_IMAGES, "worlds": {}}
+    print("log-SNR at which half is known, mean over seeds")
+    print(f"{'world':10} {'structure':>10} {'texture':>10}  texture - structure, each seed")
     for world in arguments.worlds:
         start = time.perf_counter()
-        levels, nats = factor_information(world, **settings)
-        half = {name: half_level(levels, values) for name, values in nats.items()}
-        print(f"{world:10} {half['structure']:+10.2f} {half['texture']:+10.2f}", flush=True)
+        found = [factor_information(world, **settings, seed=seed) for seed in arguments.seeds]
+        levels = found[0][0]
+        nats = {name: np.mean([curves[name] for _, curves in found], axis=0) for name in FACTORS}
+        by_seed = {name: [half_level(levels, curves[name]) for _, curves in found] for name in FACTORS}
+        half = {name: float(np.mean(values)) for name, values in by_seed.items()}
+        differences = np.subtract(by_seed["texture"], by_seed["structure"])
+        told = ", ".join(f"{value:+.2f}" for value in differences)
+        print(f"{world:10} {half['structure']:+10.2f} {half['texture']:+10.2f}  {told}", flush=True)
         result["log_snr"] = levels.tolist()
-        curves = {name: values.tolist() for name, values in nats.items()}
-        half = {name: None if math.isnan(level) else level for name, level in half.items()}  # NaN is no JSON
-        result["worlds"][world] = {"half": half, "nats": curves, "seconds": time.perf_counter() - start}
+        result["worlds"][world] = {
+            "half": {name: _number(level) for name, level in half.items()},
+            "half_by_seed": {name: [_number(level) for level in values] for name, values in by_seed.items()},
+            "nats": {name: values.tolist() for name, values in nats.items()},
+            "seconds": time.perf_counter() - start,
+        }
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")

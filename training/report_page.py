@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from freqgate_dit.files import read_json, write_text
+from freqgate_dit.files import write_text
 
 
-FORMAT = 3  # of `section.json`, and of the tables beside it
+FORMAT = 4  # of `section.json`, and of the tables beside it
 
 
 @dataclass
@@ -56,11 +56,9 @@ def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[S
     Returns: the section, with paths for figures, and whether it was made anew.
     """
     file = folder / "section.json"
-    if file.is_file():
-        kept = read_json(file)
-        if kept.pop("key") == key:
-            figures = {name: folder / f"{name}.png" for name in kept["figures"]}
-            return Section(**{**kept, "figures": figures, "shown": tuple(kept["shown"])}), False
+    kept = load_section(file, key)
+    if kept is not None:
+        return kept, False
     section = make()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -73,6 +71,20 @@ def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[S
     values = {**asdict(section), "figures": list(paths), "key": key}
     write_text(file, json.dumps(values, indent=1) + "\n")
     return section, True
+
+
+def load_section(file: Path, key: str) -> Section | None:
+    """What was kept under `key`; `None` where it was another, or a part of it is lost or damaged."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept.pop("key") != key:
+            return None
+        figures = {name: file.with_name(f"{name}.png") for name in kept["figures"]}
+        section = Section(**{**kept, "figures": figures, "shown": tuple(kept["shown"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    tables = [file.with_name(f"{name}{ending}") for name in section.tables for ending in (".json", ".parquet")]
+    return section if all(path.is_file() for path in [*figures.values(), *tables]) else None
 
 
 def write_table(rows: list[dict], path: Path):

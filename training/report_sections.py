@@ -21,7 +21,7 @@ from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands, octave_labels
 from freqgate_dit.statistics import bootstrap
 from freqgate_dit.traces import DenoisingTrace, NoPredictionError, log_snr, noised_power, span_levels
-from freqgate_dit.training.decisions import FACTORS, KINDS, PREDICTED, factors, swap_labels
+from freqgate_dit.training.decisions import FACTORS, KINDS, LEAST_CHANGE, PREDICTED, factors, swap_labels
 from freqgate_dit.training.factor_classifier import scaled, train_factor_classifier
 from freqgate_dit.training.information import factor_information, half_level
 from freqgate_dit.training.latents import CachedLatents
@@ -32,6 +32,7 @@ from freqgate_dit.training.validation import Validation, ValidationResult
 LEAST_SHOWN = 0.5
 SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
 SAME_DECISION = 0.5
+SHARES = (0.5, 0.9)  # of an octave's final power
 SMALL_INDEX = 0.1
 SAME_DIRECTION = 0.5  # three channels of four; or a correlation with log-SNR
 LEAST_RANGE = 0.01  # of a gate over time, for it to have moved
@@ -102,6 +103,11 @@ class Subject:
             return str(index)
         label = index % self.pipe.num_classes
         return str(self.pipe.id2label.get(label, label)).replace(" ", "\n")
+
+    def other_label(self, labels):
+        """Another class for each; of the built-in data one that differs in structure and in texture."""
+        classes = self.pipe.num_classes
+        return (labels + (classes // 2 + 3 if self.world else 1)) % classes
 
     @property
     def image_size(self) -> int:
@@ -231,24 +237,29 @@ def trace_section(subject: Subject) -> Section:
         for group, images in groups.items():
             if images == []:
                 continue
-            row = {"space": "image" if space == "pixel" or len(spaces) == 1 else "latent", "class": group}
-            for band, level in zip(trace.bands, trace.arrival(images=images)):
-                row[f"{band} cycles"] = level
-            section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
+            for share in SHARES:
+                row = {"space": "image" if space == "pixel" or len(spaces) == 1 else "latent", "class": group}
+                row["share"] = share
+                for band, level in zip(trace.bands, trace.arrival(share, images)):
+                    row[f"{band} cycles"] = level
+                section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
         what = "latent" if space == "latent" and len(spaces) > 1 else "image"
-        arrival = trace.arrival()
-        order = order_of(arrival)
-        levels = ", ".join(f"{band}: {level:+.1f}" for band, level in zip(trace.bands, arrival))
+        orders = [order_of(trace.arrival(share)) for share in SHARES]
+        told = "; ".join(
+            f"{share:.0%}: {order} ({', '.join(f'{level:+.1f}' for level in trace.arrival(share))})"
+            for share, order in zip(SHARES, orders)
+        )
         section.reading.append(
-            f"Mean over {count} images. Each octave of the predicted clean {what} reaches nine tenths of its final "
-            f"power at a log-SNR of ({levels}): {order}. On data whose power falls with frequency any good denoiser "
-            "goes from coarse to fine, whatever its conditioning: at a given noise level only the octaves that stand "
-            "out of the noise can be told."
+            f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
+            f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
+            "On data whose power falls with frequency any good denoiser goes from coarse to fine, whatever its "
+            "conditioning: at a given noise level only the octaves that stand out of the noise can be told."
         )
         section.claim(
-            f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data).",
-            None if order == UNTOLD else order == COARSE_TO_FINE,
-            f"{order}; log-SNR {levels}",
+            f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data), by half "
+            "and by nine tenths of their power.",
+            None if UNTOLD in orders else set(orders) == {COARSE_TO_FINE},
+            f"{told}; log-SNR of {', '.join(trace.bands)} cycles",
         )
         if of_data is not None:
             ratio = power[-1] / of_data
@@ -288,9 +299,11 @@ def order_of(arrival: list[float]) -> str:
         return UNTOLD
     if np.ptp(levels) < SAME_LEVEL:
         return "all at about the same level"
-    if (np.diff(levels) > -SAME_LEVEL).all() and levels[-1] - levels[0] > SAME_LEVEL:
+    # Of all pairs, not of neighbours alone: many small steps back are a large one.
+    steps = (levels[None] - levels[:, None])[np.triu_indices(len(levels), 1)]
+    if steps.min() > -SAME_LEVEL and levels[-1] - levels[0] > SAME_LEVEL:
         return COARSE_TO_FINE
-    if (np.diff(levels) < SAME_LEVEL).all() and levels[0] - levels[-1] > SAME_LEVEL:
+    if steps.max() < SAME_LEVEL and levels[0] - levels[-1] > SAME_LEVEL:
         return "from fine to coarse"
     return "not in the order of their frequencies"
 
@@ -434,6 +447,8 @@ def interventions_of(subject: Subject) -> dict[str, Callable[[], AbstractContext
         ]
         for path in paths:
             found[f"no condition in {path}"] = partial(labels_in_path, transformer, path, classes)
+        for path in paths if len(paths) == 2 else []:
+            found[f"other condition in {path}"] = partial(labels_in_path, transformer, path, subject.other_label)
     train_steps = subject.pipe.scheduler.config.num_train_timesteps
     for change in gate_changes(transformer):
         found[f"gate {change}"] = partial(changed_gate, transformer, change, train_steps)
@@ -450,7 +465,10 @@ def intervention_section(subject: Subject) -> Section:
     bands = octave_labels(*plain.shape[-2:])
     reference = band_power(plain, plain.mean(0)).mean((0, 1))
     judged = subject.world is not None
-    correct = {"none": judge(subject, plain)} if judged else {}
+    correct, of_other = {}, {}
+    if judged:
+        others = [subject.other_label(label) for label in subject.labels]
+        correct["none"], of_other["none"] = judge(subject, plain, subject.labels), judge(subject, plain, others)
     losses = {"none": validate(subject).loss} if judged else {}
     effects, images = {}, {}
     for name, context in tqdm(found.items(), desc="interventions", unit="run"):
@@ -460,12 +478,14 @@ def intervention_section(subject: Subject) -> Section:
                 losses[name] = validate(subject).loss
         effects[name] = (band_power(images[name] - plain).mean((0, 1)) / reference).tolist()
         if judged:
-            correct[name] = judge(subject, images[name])
+            correct[name] = judge(subject, images[name], subject.labels)
+            of_other[name] = judge(subject, images[name], others)
     rows = []
     for name in ["none", *found]:
         row = {"intervention": name}
         if judged:
             row |= {f"{factor}_right": float(correct[name][factor].mean()) for factor in FACTORS}
+            row |= {f"{factor}_of_other": float(of_other[name][factor].mean()) for factor in FACTORS}
             row["held_out_loss"] = losses[name]
         row |= {f"change_{band}": value for band, value in zip(bands, effects.get(name, [0.0] * len(bands)))}
         rows.append(row)
@@ -496,6 +516,14 @@ def intervention_section(subject: Subject) -> Section:
             change > SMALL_CHANGE,
             f"{change:+.2%}, on the same 512 images and noise",
         )
+    if judged and "other condition in low" in found:
+        told = "; ".join(
+            f"in {path.capitalize()} alone, {of_other[name]['structure'].mean():.0%} show B's structure "
+            f"({correct[name]['structure'].mean():.0%} A's) and {of_other[name]['texture'].mean():.0%} B's texture "
+            f"({correct[name]['texture'].mean():.0%} A's)"
+            for path, name in (("low", "other condition in low"), ("high", "other condition in high"))
+        )
+        section.reading.append(f"Images of label A with another label B {told}.")
     if judged and "no condition in high" in found and "no condition in low" in found:
         index = dissociation(correct)
         section.tables["dissociation"] = [
@@ -531,11 +559,11 @@ def intervention_section(subject: Subject) -> Section:
     return section
 
 
-def judge(subject: Subject, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """Factor -> `(num_images,)` bool: the image shows it as its label says."""
+def judge(subject: Subject, images: torch.Tensor, labels: Sequence[int]) -> dict[str, np.ndarray]:
+    """Factor -> `(num_images,)` bool: the image shows it as its label of `labels` says."""
     with torch.no_grad():
         logits = subject.classifier[0](images)
-    expected = factors(torch.tensor(subject.labels))
+    expected = factors(torch.tensor(labels))
     return {name: one.argmax(-1).numpy() == right for name, one, right in zip(FACTORS, logits, expected)}
 
 
@@ -605,11 +633,10 @@ def _claim_division(section: Section, subject: Subject, index, correct: dict, se
 
 def hybrid_figure(subject: Subject, count: int = 6):
     """Images of label A, of label B, and with the label of B in one path alone, from the same noise."""
-    pipe, classes = subject.pipe, subject.pipe.num_classes
+    pipe, transformer = subject.pipe, subject.pipe.transformer
     shown = subject.diverse(count)
-    ours = [index % classes for index in shown]
-    others = [(label + (max(1, classes // 2) + 3 if subject.world else 1)) % classes for label in ours]
-    transformer = pipe.transformer
+    ours = [index % pipe.num_classes for index in shown]
+    others = [subject.other_label(label) for label in ours]
 
     def images(labels, context):
         with context:
@@ -623,8 +650,9 @@ def hybrid_figure(subject: Subject, count: int = 6):
         "A, B in High": images(ours, labels_in_path(transformer, "high", other)),
         "B": images(others, nullcontext()),
     }
-    names = [subject.name_of(index) for index in shown]
-    return plots.image_grid(list(rows.values()), list(rows), names, "columns: label A")
+    b_names = [str(pipe.id2label.get(label, label)) for label in others]
+    names = [f"{subject.name_of(index)}\nB: {name}" for index, name in zip(shown, b_names)]
+    return plots.image_grid(list(rows.values()), list(rows), names, "columns: label A, label B")
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
@@ -638,7 +666,8 @@ def decision_section(subject: Subject) -> Section:
             title,
             [
                 "Left out: this needs labels whose factors are known, those of the built-in data (`dataset: "
-                "shapes_textures`), and this pipeline was trained on other data."
+                "shapes_textures`), and this pipeline was trained on other data, or lacks the training_config.yaml "
+                "that would say so."
             ],
         )
     classifier = subject.classifier[0]
@@ -658,11 +687,17 @@ def decision_section(subject: Subject) -> Section:
         if min(shown.values()) < LEAST_SHOWN:
             section.reading.append(
                 f"No level can be given: only {shown['structure']:.0%} of the images show the structure of either "
-                f"label, "
-                f"and {shown['texture']:.0%} the texture. Train for longer first."
+                f"label, and {shown['texture']:.0%} the texture. Train for longer first."
             )
             section.shown = ()
             return section
+        still = [factor for factor in FACTORS if swaps.change(factor) < LEAST_CHANGE]
+        if still:
+            section.reading.append(
+                f"Label {kind}: no level can be given, as the {' and the '.join(still)} of the images is hardly moved "
+                "by the noise level of the exchange."
+            )
+            continue
         levels = {factor: swaps.level(factor) for factor in FACTORS}
         shares = {factor: swaps.share(factor) for factor in FACTORS}
         difference = swaps.difference()
@@ -686,12 +721,13 @@ def decision_section(subject: Subject) -> Section:
     return section
 
 
-def side(interval, centre: float) -> int | None:
-    """Of an interval: 0 within `SAME_DECISION` of `centre`, 1 above it, -1 below it, `None` undecided."""
+def side(interval, centre: float, least: float = 0.0) -> int | None:
+    """Of an interval: 0 within `SAME_DECISION` of `centre`, 1 above it by more than `least`, -1 below it by more than
+    that, `None` undecided."""
     low, high = interval.low - centre, interval.high - centre
     if -SAME_DECISION < low and high < SAME_DECISION:
         return 0
-    return 1 if low > 0 else -1 if high < 0 else None
+    return 1 if low > least else -1 if high < -least else None
 
 
 def _read_swap(section: Section, subject: Subject, levels: dict, difference):
@@ -702,7 +738,8 @@ def _read_swap(section: Section, subject: Subject, levels: dict, difference):
         f"at a log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference {interval}. The "
         "interval is of this one model's samples, not of training."
     )
-    found = side(difference, 0.0)
+    # Where a sign is predicted, any difference of that sign will do; where none is, only one that is not small.
+    found = side(difference, 0.0, 0.0 if predicted else SAME_DECISION)
     names = {1: "texture after structure", -1: "texture before structure", 0: "both at about the same level"}
     if found is None:
         verdict = "Undecided: more pairs would tell."
@@ -720,7 +757,7 @@ def _read_swap(section: Section, subject: Subject, levels: dict, difference):
     )
     if of_data is None:
         return
-    beyond = side(difference, of_data)
+    beyond = side(difference, of_data, SAME_DECISION)
     compared = {
         1: "the model decides the texture later still, compared with the structure",
         -1: "the model decides the texture earlier than that, compared with the structure",
@@ -728,8 +765,9 @@ def _read_swap(section: Section, subject: Subject, levels: dict, difference):
         None: "whether the model's order is the data's is undecided, more pairs would tell",
     }[beyond]
     section.reading.append(
-        f"The noisy images themselves tell the two apart by {of_data:+.2f}, whatever the denoiser: {compared}. Only "
-        "what goes beyond the data can be the model's own preference."
+        f"The noisy images themselves tell the two apart by {of_data:+.2f}, whatever the denoiser: {compared}. "
+        "What goes beyond the data may be the model's own preference, or the difference of two measures: half of the "
+        "images here, half of the information there."
     )
     section.claim(
         f"Structure and texture are decided as far apart as the noisy data tell them, to {SAME_DECISION} nats.",
@@ -779,8 +817,8 @@ def information_section(subject: Subject) -> Section:
             section.tables["half"] = [{**half, "difference": subject.data_difference}]
             section.shown += ("half",)
             section.reading.append(
-                "Of the data alone, whatever the model: half of what a classifier of noisy images can know of the "
-                f"structure is there at a log-SNR of {half['structure']:+.2f}, of the texture at "
+                "Of the data alone, whatever the model: half of what there is to know of the structure is known to a "
+                f"classifier of noisy images at a log-SNR of {half['structure']:+.2f}, of the texture at "
                 f"{half['texture']:+.2f}. A label exchanged well above that level comes too late for an ideal "
                 "denoiser, so the levels of the last section should lie in this order."
             )
