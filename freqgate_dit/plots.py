@@ -272,7 +272,8 @@ def seed_curves(log_snr: Sequence[float], curves: np.ndarray, seeds: Sequence[st
         axes.grid(alpha=0.3)
     for axes in panels[len(parts) :]:
         axes.remove()
-    panels[0].legend(frameon=False, fontsize=7)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(seeds), frameon=False, fontsize=7)
     figure.supxlabel("log-SNR (left noise, right clean)", fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     return figure
@@ -424,7 +425,7 @@ def trace_figure(log_snr: Sequence[float], bands: Sequence[str], power: np.ndarr
             left.axhline(data[band], color=colour, lw=1, ls=":")
     title = "Predicted clean image" + ("" if data is None else " (dotted: training data)")
     left.set(xlabel="log-SNR (left noise, right clean)", ylabel="power per coefficient", title=title)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     left.grid(alpha=0.3)
     share = power / power[-1]
     mesh = right.pcolormesh(
@@ -530,16 +531,20 @@ def worlds_figure(log_snr: Sequence[float], worlds: dict[str, dict]):
         log_snr: `(K,)`.
         worlds: name -> "nats", factor -> `(K,)`, and "half", factor -> level at which half of them is there or `None`.
     """
-    figure, panels = new_figure(2.4 * len(worlds) + 0.8, 2.9, columns=len(worlds), sharey=True, squeeze=False)
-    for axes, (world, found) in zip(panels[0], worlds.items()):
+    columns = min(3, len(worlds))
+    rows = math.ceil(len(worlds) / columns)
+    figure, panels = new_figure(2.4 * columns + 0.8, 2.3 * rows + 0.5, rows, columns, sharey=True, squeeze=False)
+    for axes, (world, found) in zip(panels.flat, worlds.items()):
         for index, (factor, nats) in enumerate(found["nats"].items()):
             axes.plot(log_snr, nats, color=PALETTE[index], lw=1.6, label=factor)
             if found["half"][factor] is not None:
                 axes.axvline(found["half"][factor], color=PALETTE[index], ls="--", lw=1)
         axes.set_title(world, fontsize=10)
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("known of the factor (nats)")
+    for axes in panels.flat[len(worlds) :]:
+        axes.remove()
     panels[0][0].legend(frameon=False, fontsize=8)
+    figure.supylabel("known of the factor (nats)", fontsize=9)
     figure.supxlabel("log-SNR (left noise, right clean); dashed: half of it is known", fontsize=9)
     return figure
 
