@@ -20,8 +20,9 @@ import torch
 from output import print_table, write_result
 
 from freqgate_dit.cost import count_parameters, flops_per_forward
-from freqgate_dit.training.compare import load_comparison, matched
+from freqgate_dit.training.compare import load_comparison, matched, only
 from freqgate_dit.training.config import parse_config
+from freqgate_dit.training.hardware import wait_for
 from freqgate_dit.training.matching import ModelSizes
 from freqgate_dit.training.train import Trainer
 
@@ -33,14 +34,14 @@ SMALL = {"num_images": 640, "num_validation_images": 8, "report_to": "none"}
 def make_trainers(config: Path, arms: list[str] | None, folder: Path) -> tuple[str, dict[str, Trainer]]:
     """The comparison's baseline, and a run of each arm that is ready to take a step."""
     comparison = load_comparison(config)
+    if arms:
+        comparison = only(comparison, arms)
     comparison = matched(comparison, ModelSizes(comparison.config(comparison.baseline)))
     comparison = dataclasses.replace(
         comparison, common={**comparison.common, **SMALL, "cache_dir": str(folder / "cache")}
     )
     trainers = {}
     for arm in comparison.arms:
-        if arms and arm not in (*arms, comparison.baseline):
-            continue
         words = comparison.arguments(arm, comparison.seeds[0], folder / arm)
         with contextlib.redirect_stdout(sys.stderr):
             trainers[arm] = Trainer(parse_config(words))
@@ -53,6 +54,7 @@ def seconds_per_step(trainer: Trainer, first: int, steps: int) -> float:
     for index in range(first, first + steps):
         trainer.step = index
         trainer.update(trainer.batches.draw(index))
+    wait_for(trainer.device)
     return (time.perf_counter() - start) / steps
 
 

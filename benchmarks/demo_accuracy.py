@@ -80,7 +80,9 @@ def main():
         arms[arm] = {}
         for seed in comparison["seeds"]:
             run = options.comparison / "runs" / f"{arm}_seed{seed}"
-            asked = f"{options.guidance_scale:g}_{options.images_per_class}"
+            asked = (
+                f"{options.guidance_scale:g}_{options.images_per_class}_{STEPS}_{str(dtype).removeprefix('torch.')}"
+            )
             file = cache / f"{run.name}_{weights_digest(run / 'pipeline' / 'transformer')[:12]}_{asked}.json"
             if not file.is_file():
                 print(f"sampling from {run.name}")
@@ -90,9 +92,12 @@ def main():
 
     baseline = unguided(arms[comparison["baseline"]])
     result = {
-        "command": "python training/compare.py --config benchmarks/compare_demo.yaml --out runs/compare_demo; "
-        "python benchmarks/demo_accuracy.py --comparison runs/compare_demo",
-        "sampling": {"images": NUM_CLASSES * options.images_per_class, "steps": STEPS, "dtype": str(dtype)},
+        "sampling": {
+            "images": NUM_CLASSES * options.images_per_class,
+            "steps": STEPS,
+            "guidance": options.guidance_scale,
+            "dtype": str(dtype),
+        },
         "real": real,
         "baseline": comparison["baseline"],
         "arms": {

@@ -300,19 +300,20 @@ def spectral_gate_curves(log_snr: Sequence[float], learned: np.ndarray, wiener: 
     return figure
 
 
-def error_curves(steps: Sequence[float], errors: dict[str, np.ndarray]):
+def error_curves(steps: Sequence[float], errors: dict[str, np.ndarray], error: str = "held-out error"):
     """Held-out error of each arm of a comparison over training, the mean of its seeds, best at the end first.
 
     Args:
         steps: `(S,)`, ascending; a first one of 0 is left out, where untrained models span orders of magnitude.
         errors: arm -> `(seeds, S)`.
+        error: what it is called.
     """
     figure, axes = new_figure(9, 4.5)
     start = int(steps[0] == 0 and len(steps) > 1)
     for index, arm in enumerate(sorted(errors, key=lambda arm: errors[arm][:, -1].mean())):
         colour, style = PALETTE[index % len(PALETTE)], ("-", "--", ":", "-.")[index // len(PALETTE) % 4]
         axes.plot(steps[start:], errors[arm].mean(0)[start:], style, color=colour, lw=1.5, marker="o", ms=3, label=arm)
-    axes.set(xlabel="optimiser step", ylabel="held-out error", title="Mean over seeds; best at the end first")
+    axes.set(xlabel="optimiser step", ylabel=error, title="Mean over seeds; best at the end first")
     _label_log_scale(axes)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
@@ -320,7 +321,11 @@ def error_curves(steps: Sequence[float], errors: dict[str, np.ndarray]):
 
 
 def difference_curves(
-    steps: Sequence[float], differences: dict[str, list[dict]], baseline: str, xlabel: str = "optimiser step"
+    steps: Sequence[float],
+    differences: dict[str, list[dict]],
+    baseline: str,
+    xlabel: str = "optimiser step",
+    error: str = "held-out error",
 ):
     """How the difference of each arm to the baseline develops: does a gain persist, or where in noise does it lie?
 
@@ -328,6 +333,7 @@ def difference_curves(
         steps: `(S,)`, ascending; of training, or others by `xlabel`.
         differences: arm -> S dictionaries with "mean", "low" and "high" in percent.
         baseline: name of the arm at 0.
+        error: what it is called.
     """
     figure, axes = new_figure(7, 4)
     for index, (arm, values) in enumerate(differences.items()):
@@ -336,18 +342,19 @@ def difference_curves(
         axes.plot(steps, mean, color=colour, lw=1.5, marker="o", ms=3, label=arm)
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
     axes.axhline(0, color="0.4", lw=1, ls="--", label=baseline)
-    axes.set(xlabel=xlabel, ylabel="held-out error, difference (%)", title="Paired mean, 95 % t-interval")
+    axes.set(xlabel=xlabel, ylabel=f"{error}, difference (%)", title="Paired mean, 95 % t-interval")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     return figure
 
 
-def forest_plot(differences: dict[str, dict[str, dict]], baseline: str):
+def forest_plot(differences: dict[str, dict[str, dict]], baseline: str, error: str = "held-out error"):
     """Final differences of each arm to the baseline with intervals, over everything and by band.
 
     Args:
         differences: arm -> column ("all", a band) -> dictionary with "mean", "low" and "high" in percent.
         baseline: name of the arm at 0.
+        error: what it is called.
     """
     columns = list(next(iter(differences.values())))
     figure, panels = new_figure(
@@ -365,18 +372,21 @@ def forest_plot(differences: dict[str, dict[str, dict]], baseline: str):
         axes.set_ylim(-0.6, len(differences) - 0.4)
         axes.grid(axis="x", alpha=0.3)
     panels[0][0].set_yticks(list(places), list(differences))
-    figure.supxlabel(f"held-out error, difference to {baseline} (%)", fontsize=9)
+    figure.supxlabel(f"{error}, difference to {baseline} (%)", fontsize=9)
     return figure
 
 
-def cell_maps(timesteps: Sequence[float], bands: Sequence[str], cells: dict[str, list[list[dict | None]]]):
+def cell_maps(
+    timesteps: Sequence[float], bands: Sequence[str], cells: dict[str, list[list[dict]]], error: str = "held-out error"
+):
     """Where in noise and frequency one recipe's held-out error differs from another's: a map per comparison.
 
     Args:
         timesteps: `(bins,)` centres, ascending.
         bands: names of the octaves, in cycles per image.
-        cells: title -> `(bins, bands)` dictionaries with "mean", "low" and "high" in percent, `None` where nothing was
-            measured. A cell whose interval excludes 0 has a dot.
+        cells: title -> `(bins, bands)` dictionaries with "mean", "low" and "high" in percent. A cell whose interval
+            excludes 0 has a dot.
+        error: what it is called.
     """
     columns = min(3, len(cells))
     rows = math.ceil(len(cells) / columns)
@@ -384,17 +394,17 @@ def cell_maps(timesteps: Sequence[float], bands: Sequence[str], cells: dict[str,
         3.6 * columns + 0.8, 2.6 * rows + 0.3, rows, columns, squeeze=False, sharex=True, sharey=True
     )
     means = {
-        title: np.array([[np.nan if cell is None else cell["mean"] for cell in row] for row in table], dtype=float)
+        title: np.array([[cell["mean"] for cell in row] for row in table], dtype=float)
         for title, table in cells.items()
     }
-    largest = max(np.nanmax(np.abs(mean)) for mean in means.values()) or 1.0
+    largest = max(np.abs(mean).max() for mean in means.values()) or 1.0
     for axes, (title, mean) in zip(panels.flat, means.items()):
         image = axes.imshow(mean.T, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest)
         sure = [
             (x, y)
             for x, row in enumerate(cells[title])
             for y, cell in enumerate(row)
-            if cell is not None and cell["low"] * cell["high"] > 0
+            if cell["low"] * cell["high"] > 0
         ]
         axes.plot(*np.array(sure).reshape(-1, 2).T, ".", color="black", ms=3)
         axes.set_title(title.replace(" against ", "\nagainst "), fontsize=8)
@@ -404,7 +414,7 @@ def cell_maps(timesteps: Sequence[float], bands: Sequence[str], cells: dict[str,
         axes.set_axis_off()
     figure.supxlabel("timestep (0 clean, T noise)", fontsize=9)
     figure.supylabel("cycles per image", fontsize=9)
-    figure.colorbar(image, ax=panels, label="held-out error, difference (%)")
+    figure.colorbar(image, ax=panels, label=f"{error}, difference (%)")
     return figure
 
 

@@ -178,8 +178,9 @@ def binomial_low_pass(rows: int, columns: int, device=None) -> tuple[torch.Tenso
 
     def matrix(n: int) -> torch.Tensor:
         index = torch.arange(n, device=device)
-        taps = (index[:, None] + index.new_tensor([-2, -1, 0, 1, 2])).clamp(0, n - 1)  # (n, 5)
-        weights = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=device) / 16
+        offset = torch.arange(-2, 3, device=device)
+        taps = (index[:, None] + offset).clamp(0, n - 1)  # (n, 5)
+        weights = (6 - 1.5 * offset.abs() - 0.5 * offset.square()) / 16  # (1, 4, 6, 4, 1) / 16
         return torch.zeros(n, n, device=device).scatter_add(1, taps, weights.expand(n, 5))
 
     return matrix(rows), matrix(columns)
@@ -824,7 +825,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         prediction_type (`str`, *optional*): what the output is, "epsilon", "v_prediction" or "sample". Without
             preconditioning the model need not know; with it, this is the scheduler's.
         num_train_timesteps (`int`, defaults to `1000`): steps of the noise schedule, for preconditioning and
-            Band-Gate.
+            `band_clock`.
     """
 
     _supports_gradient_checkpointing = True
@@ -1030,17 +1031,23 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 start alike wherever they have the same tensors. By default torch's own generator draws.
         """
 
-        def generator(name: str) -> torch.Generator | None:
-            return None if seed is None else torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        def draw(fill, weight: torch.Tensor, name: str, **options):
+            if seed is None:
+                fill(weight, **options)
+                return
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            values = torch.empty(weight.shape, device="cpu")  # the same on every device
+            with torch.no_grad():
+                weight.copy_(fill(values, generator=generator, **options))
 
         embedders = ("time_embed.linear_1", "time_embed.linear_2", "class_embed", "text_embed")
         for name, module in self.named_modules():
             if name in embedders:  # normal(0.02)
-                nn.init.normal_(module.weight, std=0.02, generator=generator(name))
+                draw(nn.init.normal_, module.weight, name, std=0.02)
             elif module is self.patch_embed:  # a linear layer on flattened patches
-                nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1), generator=generator(name))
+                draw(nn.init.xavier_uniform_, module.weight.view(module.out_channels, -1), name)
             elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator(name))
+                draw(nn.init.xavier_uniform_, module.weight, name)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         # Modulation and output projection: zero, so that every adaLN-type block starts as the identity.
@@ -1078,7 +1085,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         """
         if self.spectrum is None:
             raise ValueError(
-                "this model has no preconditioning to set a spectrum for: build it with `preconditioning`."
+                "this model knows no spectrum: build it with `preconditioning`, or as Band-Gate with `band_clock`."
             )
         own = self.spectrum
         for name, given, buffer in (
@@ -1401,6 +1408,8 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
         clocks = 0, 0
         if self.clock_embed is not None:
             clocks = self.clock_embed(self.band_clocks(known).to(hidden_states.dtype)).chunk(2, dim=-1)  # 2 of (B, D)
+        if self.config.band_branches == "none":
+            return clocks, None
         return clocks, self.low_pass(*self.token_grid(hidden_states), hidden_states.device)
 
 

@@ -16,6 +16,7 @@ from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.statistics import Bootstrap
 from freqgate_dit.training import factor_classifier, information, report_sections
 from freqgate_dit.training.analyze import main
+from freqgate_dit.training.decisions import LabelSwaps
 from freqgate_dit.training.report_page import Section, keep_section, render_page
 from freqgate_dit.training.report_sections import Subject, decision_section, dissociation, intervention_section
 
@@ -321,6 +322,7 @@ def test_the_order_is_read_from_the_levels(arrival, said):
         ),
         (1.8, 2.4, "texture after structure. That is as predicted", "supported", "later still"),
         (1.5, 2.4, "texture after structure. That is as predicted", "supported", "is undecided"),  # by 0.25 to 1.15
+        (0.1, 0.4, "texture after structure. That is as predicted", "supported", "earlier than"),
         (-2.0, -0.6, "texture before structure. That is other than predicted", "not supported", "earlier than"),
         (-0.2, 0.3, "both at about the same level. That is other than predicted", "not supported", "earlier than"),
         (-1.0, 2.0, "Undecided", "undecided", "undecided"),
@@ -354,6 +356,23 @@ def test_levels_that_the_data_do_not_tell_are_not_compared():
     subject.data_information = ([], {}, {"structure": -1.0, "texture": float("nan")})
     report_sections._read_swap(section, subject, ROWS, Bootstrap(1.0, 0.1, 0.6, 2.0, 0.0, 0.95, 10))
     assert len(section.reading) == 2 and len(section.claims) == 1
+
+
+@pytest.mark.parametrize("answer, said", [(0, "no level can be given"), (None, "No level can be given: only")])
+def test_where_the_level_of_the_exchange_changes_nothing_no_level_is_given(answer, said, monkeypatch):
+    """All images show the first label, or neither."""
+
+    def unmoved(pipe, classifier, pairs, num_levels, *others):
+        table = np.full((pairs, num_levels), answer == 0)
+        shown = dict.fromkeys(ROWS, table), dict.fromkeys(ROWS, np.zeros_like(table))
+        return LabelSwaps(np.linspace(-5.0, 5.0, num_levels), *shown)
+
+    monkeypatch.setattr(report_sections, "swap_labels", unmoved)
+    subject = Subject(deciding_pipeline(), "mod")
+    subject.classifier = (read, {})
+    section = decision_section(subject)
+    assert said in section.reading[0] and not section.tables and not section.claims
+    assert section.reading[0] in render_page("T", [], [section])
 
 
 def test_claims_reach_the_card(tmp_path, capsys):

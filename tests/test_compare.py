@@ -110,8 +110,20 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     assert json.loads((out / "comparison.json").read_text())["arms"]["adaln"]["metrics"] == {}
     capsys.readouterr()
     # Nor does a report on some arms take the place of one on all.
-    with pytest.raises(SystemExit, match=r"`--out` .* has a report on band_gate too, which this one would replace"):
+    with pytest.raises(
+        SystemExit, match=r"`--out` .* has a report on band_gate too, which .*: move comparison.json aw"
+    ):
         main([*write(tmp_path / "c.yaml", arms={"adaln": {}, "other": {"variant": "adaln_zero"}}), "--report_only"])
+    main([*write(tmp_path / "c.yaml"), "--report_only", "--arms", "band_gate"])
+    assert json.loads((out / "some_arms/comparison.json").read_text())["contrasts"][0]["arm"] == "band_gate"
+    # Nor is anything trained beside runs that lack what is to be compared.
+    validation = out / "runs" / "adaln_seed0" / "validation.jsonl"
+    kept = validation.read_text()
+    validation.write_text(kept.replace("epsilon_loss", "other"))
+    with pytest.raises(SystemExit, match=r"`measure` \(epsilon\): .*adaln_seed0 was validated by an older version"):
+        main(write(tmp_path / "c.yaml", measure="epsilon", seeds=[0, 1, 2]))
+    assert not (out / "runs" / "adaln_seed2").exists()
+    validation.write_text(kept)
     # A run that was trained with other options is not passed off as one with these.
     arms = {"adaln": {"variant": "adaln_zero", "learning_rate": 2e-2}, "band_gate": {"variant": "adaln_zero"}}
     with pytest.raises(
@@ -156,7 +168,7 @@ def test_dry_run_prints_the_commands(tmp_path, capsys):
     sorted([*ROOT.glob("training/configs/compare_*.yaml"), *ROOT.glob("benchmarks/compare_*.yaml")]),
     ids=lambda path: path.stem,
 )
-def test_the_shipped_comparisons_are_valid(path, tmp_path, capsys, monkeypatch):
+def test_the_shipped_comparisons_are_valid(path, tmp_path, capsys):
     if path.stem == "compare_animals64":  # its data are not here: the same arms on others
         content = yaml.safe_load(path.read_text())
         content["common"] |= {"dataset": "shapes_textures", "vae": None, "heldout_per_class": None}

@@ -577,4 +577,4 @@ def test_band_gate_is_described(options, words, tmp_path):
 def test_band_gate_without_band_gates_is_described_as_a_control(tmp_path):
     make_pipeline(tiny_transformer("band_gate", band_branches="none")).save_pretrained(tmp_path)
     text = str(render_card(tmp_path))
-    assert "it has everything of Band-Gate but its band gates.\nThe block is" in text and "P r" not in text
+    assert "This model is a control: Band-Gate without its band gates.\nThe block is" in text and "P r" not in text

@@ -11,12 +11,15 @@ from PIL import Image
 
 from freqgate_dit.plots import (
     band_gain_curves,
+    cell_maps,
     decided_worlds,
+    error_curves,
     gate_curves,
     image_grid,
     loss_curves,
     seed_curves,
     validation_heatmap,
+    worlds_figure,
 )
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation
@@ -166,3 +169,36 @@ def test_decisions_by_world_are_drawn_beside_those_of_the_data(tmp_path):
     assert [round(line.get_ydata()[0]) for line in dots] == [0, 0, 0, 1]
     assert [text.get_text() for text in axes.get_legend().texts] == ["the noisy data", "swap", "insertion"]
     save(figure, tmp_path / "worlds.png")
+
+
+def test_errors_of_arms_are_their_means_best_first():
+    errors = {"a": np.array([[9.0, 3.0, 2.0], [9.0, 5.0, 4.0]]), "b": np.array([[9.0, 2.0, 1.0], [9.0, 2.0, 1.0]])}
+    [axes] = error_curves([0, 5, 10], errors, "error of the noise").axes
+    assert [line.get_label() for line in axes.lines] == ["b", "a"] and axes.get_ylabel() == "error of the noise"
+    np.testing.assert_array_equal(axes.lines[1].get_xydata(), [[5, 4], [10, 3]])  # not the first step
+
+
+def test_cells_show_their_means_and_mark_those_that_exclude_zero(tmp_path):
+    def cell(mean, half):
+        return {"mean": mean, "low": mean - half, "high": mean + half}
+
+    table = [[cell(-3.0, 1.0), cell(0.5, 1.0)], [cell(1.0, 0.5), cell(0.0, 1.0)], [cell(0.0, 2.0), cell(2.0, 1.0)]]
+    maps = {"a against b": table, "b against c": [[cell(0.0, 1.0)] * 2] * 3}
+    figure = cell_maps([100.0, 500.0, 900.0], ["0-1", "1-2"], maps)
+    first, second = panels(figure)
+    np.testing.assert_array_equal(first.images[0].get_array(), [[-3, 1, 0], [0.5, 0, 2]])
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (-3, 3)
+    assert set(map(tuple, first.lines[0].get_xydata())) == {(0, 0), (1, 0), (2, 1)}  # (timestep, band)
+    assert len(second.lines[0].get_xydata()) == 0
+    save(figure, tmp_path / "cells.png")
+    save(cell_maps([500.0], ["0-1"], {"a": [[cell(0.0, 1.0)]]}), tmp_path / "one.png")
+
+
+def test_worlds_have_a_panel_each():
+    worlds = {
+        name: {"nats": {"structure": [0, 1, 2], "texture": [0, 0, 0]}, "half": {"structure": 0.0, "texture": None}}
+        for name in ("mod", "add", "same", "flat")
+    }
+    figure = worlds_figure([-1, 0, 1], worlds)
+    assert [axes.get_title() for axes in figure.axes] == ["mod", "add", "same", "flat"]
+    assert all(len(axes.lines) == 3 for axes in figure.axes)  # two curves, and the level that there is

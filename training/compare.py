@@ -45,7 +45,7 @@ from freqgate_dit.training.config import TrainingRun, parse_config
 from freqgate_dit.training.evaluation import check_arguments, make_parser
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest, size_cells
-from freqgate_dit.training.paired import summarise, write_report
+from freqgate_dit.training.paired import read_run, summarise, write_report
 from freqgate_dit.training.report_page import digest
 
 
@@ -230,8 +230,8 @@ def refuse_to_overwrite(out: Path, arms: Sequence[str]):
     missing = [arm for arm in read_json(file)["arms"] if arm not in arms] if file.is_file() else []
     if missing:
         raise ValueError(
-            f"`--out` ({out}) has a report on {', '.join(missing)} too, which this one would replace: choose another "
-            f"folder, or move {file.name} away."
+            f"`--out` ({out}) has a report on {', '.join(missing)} too, which this one would replace: move "
+            f"{file.name} away."
         )
 
 
@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
     parser.add_argument(
-        "--arms", nargs="+", help="some of the file's arms; the baseline is always there (default: all)"
+        "--arms", nargs="+", help="some of the file's arms and the baseline, reported in OUT/some_arms (default: all)"
     )
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--dry_run", action="store_true", help="print sizes and commands of the runs, train nothing")
@@ -396,7 +396,8 @@ def run(options: argparse.Namespace):
             print(f"python training/train.py {' '.join(words)}")
         return
 
-    refuse_to_overwrite(options.out, list(comparison.arms))
+    report = options.out / "some_arms" if options.arms else options.out
+    refuse_to_overwrite(report, list(comparison.arms))
     for (arm, seed), folder in folders.items():
         refuse_other_options(f"{arm} with seed {seed}", folder, parse_config(training[arm, seed]))
 
@@ -406,6 +407,8 @@ def run(options: argparse.Namespace):
     def finished(key) -> bool:
         return trained(key) and (not evaluation or is_evaluated(folders[key], evaluation))
 
+    for key in filter(trained, keys):  # what cannot be compared is told before anything is trained
+        read_run(folders[key], comparison.weights, evaluated=False, measure=comparison.measure)
     if options.report_only:
         seeds = [seed for seed in comparison.seeds if all(finished((arm, seed)) for arm in comparison.arms)]
         if len(seeds) < 2:
@@ -422,7 +425,8 @@ def run(options: argparse.Namespace):
         if evaluation:
             jobs = [evaluation_job(names[key], evaluation, folders[key], cores) for key in keys if not finished(key)]
             run_all(jobs, options.parallel, "evaluating", gpus)
-    write_report(summarise(comparison, folders), options.out)
+    report.mkdir(exist_ok=True)
+    write_report(summarise(comparison, folders), report)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ class ModelConfig:
     gate_residual: bool = knob(False, "freq_gate: add the gated mixture to the condition, to start as adaLN-Zero.")
     band_branches: str = knob("both", "band_gate: which branches have band gates: both, attention, mlp, none.")
     band_drive: str = knob("both", "band_gate: what the band gates depend on: both, time, class.")
-    band_gates: str = knob("vector", "band_gate: vector, or scalar (two numbers per branch, as in SpectralDiT).")
+    band_gates: str = knob(
+        "vector", "band_gate: vector, or scalar (SpectralDiT's two numbers; with band_adapters false)."
+    )
     band_adapters: bool = knob(True, "band_gate: whether Low and High are views of the condition of their own.")
     band_clock: bool = knob(True, "band_gate: whether the gates see how visible each band of the data is.")
     band_basis: str = knob("dct", "band_gate: dct; random (no frequency: the control); binomial (as in SpectralDiT).")

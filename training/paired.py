@@ -33,6 +33,15 @@ def read_run(folder: Path, weights: str, evaluated: bool, measure: str = "own") 
     evaluation = folder / "evaluation" / "evaluation.json"
     metrics = read_json(evaluation)["metrics"] if evaluated else []
     prefix = "" if measure == "own" else f"{measure}_"
+    if prefix + "loss" not in measured[0]:
+        raise ValueError(
+            f"`measure` ({measure}): {folder} was validated by an older version, which did not measure that: delete "
+            "that run, or set `measure` to own."
+        )
+    if None in measured[-1]["loss_by_timestep"]:
+        raise ValueError(
+            f"`num_validation_images`: {folder} has noise levels without images, which cannot be compared: raise it."
+        )
     return {
         "steps": [record["step"] for record in records],
         **{name: [values[prefix + name] for values in measured] for name in ERRORS},
@@ -60,7 +69,7 @@ class Measured:
 
     def of(self, arm: str, name: str) -> np.ndarray:
         """`(seeds, ...)`: "loss" `(seeds, S)`, "loss_by_band" `(seeds, S, bands)`."""
-        return np.array([self.runs[arm, seed][name] for seed in self.seeds], dtype=float)
+        return np.array([self.runs[arm, seed][name] for seed in self.seeds])
 
     def metric(self, arm: str, name: str) -> np.ndarray:
         return np.array([self.runs[arm, seed]["metrics"][name] for seed in self.seeds])
@@ -83,11 +92,11 @@ class Measured:
             },
         }
 
-    def difference_by_cell(self, arm: str, other: str) -> list[list[dict | None]]:
-        """Of `arm` to `other` at the end, in percent: by timestep, and there by band; `None` without images."""
+    def difference_by_cell(self, arm: str, other: str) -> list[list[dict]]:
+        """Of `arm` to `other` at the end, in percent: by timestep, and there by band."""
         cells, base = self.of(arm, "table")[:, -1], self.of(other, "table")[:, -1]  # (seeds, bins, bands)
         return [
-            [relative_difference(*pair) if np.isfinite(pair).all() else None for pair in zip(row.T, base_row.T)]
+            [relative_difference(*pair) for pair in zip(row.T, base_row.T)]
             for row, base_row in zip(cells.swapaxes(0, 1), base.swapaxes(0, 1))
         ]
 
@@ -141,6 +150,11 @@ def _interval(difference: dict, unit: str = " %") -> str:
     return f"{difference['mean']:+.2f}{unit} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
 
 
+def error_of(result: dict) -> str:
+    """What was measured, in words."""
+    return "held-out error" if result["measure"] == "own" else "held-out error of the noise"
+
+
 def _arms_table(result: dict) -> str:
     baseline = result["arms"][result["baseline"]]
     metrics = list(baseline["metrics"])
@@ -158,7 +172,7 @@ def _arms_table(result: dict) -> str:
         measured = [arm["metrics"][metric] for metric in metrics]
         row += [f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" for values in measured]
         rows.append(tuple(row))
-    return table(rows, ("arm", "parameters", "GFLOPs", "images/s", "held-out error", "difference", "p", *metrics))
+    return table(rows, ("arm", "parameters", "GFLOPs", "images/s", error_of(result), "difference", "p", *metrics))
 
 
 def _contrasts_table(result: dict) -> str:
@@ -178,11 +192,10 @@ def _contrasts_table(result: dict) -> str:
 def markdown(result: dict) -> str:
     """The comparison as two tables: the arms, best first, and the contrasts."""
     seeds = len(result["seeds"])
-    error = "Held-out error" if result["measure"] == "own" else "Held-out error of the noise"
     return (
-        f"{_arms_table(result)}\n\n{error} after {result['steps'][-1]} steps, {result['weights']} weights, "
-        f"mean ± standard deviation over {seeds} seeds. Differences in percent of the baseline's error, with 95 % "
-        "t-intervals of the paired mean; p by all sign flips, two-sided, not adjusted.\n\n"
+        f"{_arms_table(result)}\n\n{error_of(result).capitalize()} after {result['steps'][-1]} steps, "
+        f"{result['weights']} weights, mean ± standard deviation over {seeds} seeds. Differences in percent of the "
+        "baseline's error, with 95 % t-intervals of the paired mean; p by all sign flips, two-sided, not adjusted.\n\n"
         f"{_contrasts_table(result)}\n\nWhat the comparison was made for, in percent of the error of the second arm, "
         f"by spatial frequency too; p as above, at best {2.0 ** (1 - seeds):.3f} with {seeds} seeds, and adjusted for "
         "the number of rows (Holm). A negative difference in held-out error is a better denoiser, and says nothing "
@@ -202,20 +215,21 @@ def write_report(result: dict, out: Path):
     }
     zero = f"{baseline}, or the arm named" if any(" against " in name for name in named) else baseline
     errors = {name: np.array(arm["loss"]) for name, arm in result["arms"].items()}
-    plots.error_curves(result["steps"], errors).savefig(out / "errors.png")
+    error = error_of(result)
+    plots.error_curves(result["steps"], errors, error).savefig(out / "errors.png")
     for file, x, label, key in (
         ("curves.png", result["steps"], "optimiser step", "difference_percent_by_step"),
         ("timesteps.png", result["timesteps"], "timestep (0 clean, T noise)", "difference_percent_by_timestep"),
     ):
         values = {name: one[key] for name, one in named.items()}
-        plots.difference_curves(x, values, zero, label).savefig(out / file)
+        plots.difference_curves(x, values, zero, label, error).savefig(out / file)
     others = {name: arm for name, arm in result["arms"].items() if name != baseline} | named
     rows = {
         name: {"all": one["difference_percent"], **one["difference_percent_by_band"]} for name, one in others.items()
     }
-    plots.forest_plot(rows, zero).savefig(out / "forest.png")
+    plots.forest_plot(rows, zero, error).savefig(out / "forest.png")
     cells = {
         f"{one['arm']} against {one['against']}": one["difference_percent_by_cell"] for one in result["contrasts"]
     }
-    plots.cell_maps(result["timesteps"], result["bands"], cells).savefig(out / "cells.png")
+    plots.cell_maps(result["timesteps"], result["bands"], cells, error).savefig(out / "cells.png")
     print(f"\n{text}\nwrote comparison.json, comparison.md and its pictures into {out}")

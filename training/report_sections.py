@@ -671,7 +671,7 @@ def decision_section(subject: Subject) -> Section:
             ],
         )
     classifier = subject.classifier[0]
-    section = Section(title, [], shown=("levels",))
+    section = Section(title, [])
     for kind in KINDS if subject.has_null_condition else KINDS[:1]:
         swaps = swap_labels(
             subject.pipe,
@@ -689,8 +689,7 @@ def decision_section(subject: Subject) -> Section:
                 f"No level can be given: only {shown['structure']:.0%} of the images show the structure of either "
                 f"label, and {shown['texture']:.0%} the texture. Train for longer first."
             )
-            section.shown = ()
-            return section
+            break
         still = [factor for factor in FACTORS if swaps.change(factor) < LEAST_CHANGE]
         if still:
             section.reading.append(
@@ -716,18 +715,19 @@ def decision_section(subject: Subject) -> Section:
             "of_data": subject.data_difference,
         }
         section.tables.setdefault("levels", []).append(row)
+        section.shown = ("levels",)
         if kind == "swap":
             _read_swap(section, subject, levels, difference)
     return section
 
 
 def side(interval, centre: float, least: float = 0.0) -> int | None:
-    """Of an interval: 0 within `SAME_DECISION` of `centre`, 1 above it by more than `least`, -1 below it by more than
-    that, `None` undecided."""
+    """Of an interval: 1 above `centre` by more than `least`, -1 below it by more than that, otherwise 0 where it is
+    within `SAME_DECISION` of it, `None` undecided."""
     low, high = interval.low - centre, interval.high - centre
-    if -SAME_DECISION < low and high < SAME_DECISION:
-        return 0
-    return 1 if low > least else -1 if high < -least else None
+    if low > least or high < -least:
+        return 1 if low > least else -1
+    return 0 if -SAME_DECISION < low and high < SAME_DECISION else None
 
 
 def _read_swap(section: Section, subject: Subject, levels: dict, difference):
@@ -812,7 +812,9 @@ def information_section(subject: Subject) -> Section:
             for i, level in enumerate(levels)
         ]
         if subject.data_difference is None:
-            section.reading.append("A classifier of noisy images learns next to nothing here, so it tells no level.")
+            section.reading.append(
+                "A classifier of noisy images never knows half of one of the factors here, so it tells no levels."
+            )
         else:
             section.tables["half"] = [{**half, "difference": subject.data_difference}]
             section.shown += ("half",)
