@@ -12,7 +12,7 @@ import yaml
 from tiny_runs import MODEL, ROOT
 
 from freqgate_dit.statistics import paired_difference
-from freqgate_dit.training.compare import Job, gpu_names, main, part_of_cores, run_all, training_job
+from freqgate_dit.training.compare import Job, code_digest, gpu_names, main, part_of_cores, run_all, training_job
 from freqgate_dit.training.matching import nearest
 
 
@@ -89,11 +89,16 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     for name in ("errors.png", "curves.png", "timesteps.png", "forest.png", "cells.png"):
         assert (out / name).stat().st_size > 1000
 
+    assert result["code"] == [code_digest()]
     # A second call trains nothing.
     log = out / "runs" / "adaln_seed0.log"
     before = log.read_text()
+    (out / "runs" / "adaln_seed0.code").write_text("0123456789ab")
     main(words)
-    assert log.read_text() == before and "4 of 4 runs were finished before" in capsys.readouterr().out
+    assert json.loads((out / "comparison.json").read_text())["code"] == sorted(["0123456789ab", code_digest()])
+    printed = capsys.readouterr().out
+    assert log.read_text() == before and "4 of 4 runs were finished before" in printed
+    assert "these runs are of 2 versions of the code" in printed
     # A report of what is there is the same; with a third seed missing it leaves that out.
     for seeds in ([0, 1], [0, 1, 2]):
         main([*write(tmp_path / "c.yaml", evaluation=evaluation, seeds=seeds), "--report_only"])

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from tqdm import tqdm
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+import freqgate_dit
 from freqgate_dit.devices import accelerators, available_cores
 from freqgate_dit.files import read_json, read_json_lines, write_text
 from freqgate_dit.model_card import table
@@ -271,8 +272,24 @@ def gpu_names() -> list[str]:
     return found if visible is None else [name.strip() for name in visible.split(",")][: len(found)]
 
 
+def code_digest() -> str:
+    """Of the sources that runs are made by."""
+    files = sorted([*Path(freqgate_dit.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py")])
+    return digest([(file.name, file.read_text(encoding="utf-8")) for file in files])[:12]
+
+
+def codes_of(folders: Iterable[Path]) -> list[str]:
+    """Digests of all versions of the code that had a part in runs; of older runs none is known."""
+    files = [Path(f"{folder}.code") for folder in folders]
+    return sorted({code for file in files if file.is_file() for code in file.read_text(encoding="utf-8").split()})
+
+
 def training_job(name: str, words: list[str], folder: Path) -> Job:
     """Start or go on with the run in `folder`."""
+    code = Path(f"{folder}.code")
+    codes = codes_of([folder]) if folder.exists() else []
+    code.parent.mkdir(parents=True, exist_ok=True)
+    write_text(code, "\n".join(dict.fromkeys([*codes, code_digest()])))
     if checkpoint_folders(folder / "checkpoints"):
         words = [*words, "--resume", "latest"]
     elif folder.exists():
@@ -426,7 +443,14 @@ def run(options: argparse.Namespace):
             jobs = [evaluation_job(names[key], evaluation, folders[key], cores) for key in keys if not finished(key)]
             run_all(jobs, options.parallel, "evaluating", gpus)
     report.mkdir(exist_ok=True)
-    write_report(summarise(comparison, folders), report)
+    result = summarise(comparison, folders)
+    result["code"] = codes_of(folders.values())
+    if len(result["code"]) > 1:
+        print(
+            f"note: these runs are of {len(result['code'])} versions of the code, and may differ in more than their "
+            "arms"
+        )
+    write_report(result, report)
 
 
 if __name__ == "__main__":
