@@ -29,20 +29,21 @@ from freqgate_dit.training.factor_classifier import train_factor_classifier
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.paired import read_run
+from freqgate_dit.training.report_page import digest
 
 
 NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
 FACTORS = ("structure", "texture")
 
 
-def measure(run: Path, classifier, guidance: float, images_per_class: int, weights: str, dtype: torch.dtype) -> dict:
+def measure(run: Path, classifier, options: argparse.Namespace, weights: str, dtype: torch.dtype) -> dict:
     pipe = FreqGateDiTPipeline.from_pretrained(run / "pipeline", dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    labels = list(range(NUM_CLASSES)) * images_per_class
+    labels = list(range(NUM_CLASSES)) * options.images_per_class
     start = time.perf_counter()
     found = {
-        "unguided": score(classifier, sample(pipe, labels, 1.0), labels),
-        f"guidance {guidance:g}": score(classifier, sample(pipe, labels, guidance), labels),
+        name: score(classifier, sample(pipe, labels, scale, steps=options.steps), labels)
+        for name, scale in (("unguided", 1.0), (guided(options), options.guidance_scale))
     }
     found["sampling_seconds"] = round(time.perf_counter() - start, 1)
     trained = read_run(run, weights, evaluated=False)
@@ -51,6 +52,10 @@ def measure(run: Path, classifier, guidance: float, images_per_class: int, weigh
     found["training_seconds"] = round(images / trained["images_per_second"], 1)
     found["held_out_error"] = trained["loss"][-1]
     return found
+
+
+def guided(options: argparse.Namespace) -> str:
+    return f"guidance {options.guidance_scale:g}"
 
 
 def unguided(runs: dict[int, dict]) -> np.ndarray:
@@ -66,6 +71,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--images_per_class", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the sampler (default: the demo's {STEPS})")
+    parser.add_argument("--arms", nargs="+", help="some of the arms and the baseline (default: all)")
     options = parser.parse_args()
     use_all_cores()
 
@@ -77,24 +84,23 @@ def main():
     cache.mkdir(exist_ok=True)
     arms = {}
     for arm in comparison["arms"]:
+        if options.arms and arm not in (*options.arms, comparison["baseline"]):
+            continue
         arms[arm] = {}
         for seed in comparison["seeds"]:
             run = options.comparison / "runs" / f"{arm}_seed{seed}"
-            asked = (
-                f"{options.guidance_scale:g}_{options.images_per_class}_{STEPS}_{str(dtype).removeprefix('torch.')}"
-            )
-            file = cache / f"{run.name}_{weights_digest(run / 'pipeline' / 'transformer')[:12]}_{asked}.json"
+            asked = options.guidance_scale, options.images_per_class, options.steps, dtype
+            file = cache / f"{run.name}_{digest(weights_digest(run / 'pipeline' / 'transformer'), *asked)[:12]}.json"
             if not file.is_file():
                 print(f"sampling from {run.name}")
-                arguments = options.guidance_scale, options.images_per_class, comparison["weights"], dtype
-                file.write_text(json.dumps(measure(run, classifier, *arguments)))
+                file.write_text(json.dumps(measure(run, classifier, options, comparison["weights"], dtype)))
             arms[arm][seed] = read_json(file)
 
     baseline = unguided(arms[comparison["baseline"]])
     result = {
         "sampling": {
             "images": NUM_CLASSES * options.images_per_class,
-            "steps": STEPS,
+            "steps": options.steps,
             "guidance": options.guidance_scale,
             "dtype": str(dtype),
         },
@@ -113,14 +119,14 @@ def main():
     rows = []
     for arm, runs in arms.items():
         row = [arm, f"{np.mean([run['held_out_error'] for run in runs.values()]):.4f}"]
-        for kind in ("unguided", f"guidance {options.guidance_scale:g}"):
+        for kind in ("unguided", guided(options)):
             row += [f"{100 * np.mean([run[kind][factor] for run in runs.values()]):.1f}" for factor in FACTORS]
         difference = result["arms"][arm]["difference_of_unguided_points"]
         row += [f"{difference['mean']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]"]
         row += [f"{np.median([run['training_seconds'] for run in runs.values()]):.0f}"]
         rows.append(tuple(row))
-    guided = [f"{factor}, guidance {options.guidance_scale:g}" for factor in FACTORS]
-    head = ("arm", "held-out error", *(f"{factor} %" for factor in FACTORS), *(f"{name} %" for name in guided))
+    head = ("arm", "held-out error", *(f"{factor} %" for factor in FACTORS))
+    head += tuple(f"{factor}, {guided(options)} %" for factor in FACTORS)
     print(table(rows, (*head, "unguided, difference", "training, s")))
     print(f"wrote {options.out}")
 

@@ -38,13 +38,15 @@ STEPS = 20
 REAL = "held-out real images"
 
 
-def sample(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale: float, batch_size: int = 128) -> np.ndarray:
+def sample(
+    pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale: float, batch_size: int = 128, steps: int = STEPS
+) -> np.ndarray:
     """Images `(N, H, W, 3)` in [0, 1] of `labels`; image i has seed i."""
     images = []
     for start in tqdm(range(0, len(labels), batch_size), desc=f"sampling, guidance {guidance_scale:g}", unit="batch"):
         batch = labels[start : start + batch_size]
         seeds = list(range(start, start + len(batch)))
-        options = {"guidance_scale": guidance_scale, "num_inference_steps": STEPS, "output_type": "np"}
+        options = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "output_type": "np"}
         images.append(pipe(batch, seed=seeds, **options).images)
     return np.concatenate(images)
 
