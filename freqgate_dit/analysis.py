@@ -76,9 +76,13 @@ def wiener_gain(power: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def band_gain_table(
-    transformer: BandGateDiTTransformer2DModel, num_timesteps: int = 50
+    transformer: BandGateDiTTransformer2DModel, num_timesteps: int = 50, label: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How strongly each residual branch adds low and high frequencies over time, under the null condition.
+    """How strongly each residual branch adds low and high frequencies over time.
+
+    Args:
+        num_timesteps: T.
+        label: class; by default the null condition.
 
     Returns:
         timesteps `(T,)` from 0 to the last of training; root mean square over channels of the gain of the low band
@@ -96,7 +100,8 @@ def band_gain_table(
     shape = (num_timesteps, config.in_channels, config.sample_size, config.sample_size)
     arguments = {}
     if config.num_classes:
-        arguments["class_labels"] = torch.full((num_timesteps,), config.num_classes, device=device)
+        label = config.num_classes if label is None else label
+        arguments["class_labels"] = torch.full((num_timesteps,), label, device=device)
     if config.pooled_projection_dim:
         shape_of_text = (num_timesteps, config.pooled_projection_dim)
         arguments["pooled_projections"] = torch.zeros(shape_of_text, device=device, dtype=transformer.dtype)
@@ -113,6 +118,57 @@ def band_gain_table(
         low.append(torch.stack([gain if excess is None else gain + excess for gain, excess in gains], dim=1))
     low, high = (torch.stack(gains, dim=1).square().mean(-1).sqrt().numpy() for gains in (low, high))
     return timesteps.numpy(), low, high
+
+
+@torch.no_grad()
+def band_visibility(transformer: BandGateDiTTransformer2DModel, timesteps: np.ndarray) -> np.ndarray | None:
+    """By how many dB the low band of the data is more visible than the high one: the ratio of their mean Wiener gains.
+
+    Returns:
+        `(T,)`, or `None` for a model that knows no spectrum.
+    """
+    config = transformer.config
+    if transformer.spectrum is None:
+        return None
+    shape = (len(timesteps), config.in_channels, config.sample_size, config.sample_size)
+    known = transformer.known_of(torch.zeros(shape, device=transformer.device), torch.from_numpy(timesteps))
+    low, high = transformer.band_clocks(known).double().cpu().numpy().T
+    return 10 * np.log10(low / high)
+
+
+def band_gain_statistics(
+    ratio: np.ndarray, log_snr: np.ndarray, visibility: np.ndarray | None = None, by_class: np.ndarray | None = None
+) -> list[dict]:
+    """What can be said of the band gains of each block and branch.
+
+    Args:
+        ratio: `(T, blocks, 2)` gain of the low over the high band in dB, timesteps ascending.
+        log_snr: `(T,)`.
+        visibility: `(T,)`, from `band_visibility`.
+        by_class: `(classes, T', blocks, 2)`, the ratio of each class.
+
+    Returns:
+        per block and branch "low_over_high_dB_in_noise" and "..._clean"; "correlation" of the ratio with the log-SNR;
+        with `visibility` "wiener_correlation" and "wiener_slope" over it: a branch that amplified each band as its
+        visibility grows has 1 and 1; and with `by_class` "class_std_dB", the standard deviation over classes at the
+        timestep where it is largest.
+    """
+    rows = []
+    for block in range(ratio.shape[1]):
+        for index, branch in enumerate(("attention", "mlp")):
+            values = ratio[:, block, index]
+            moves = values.std() > 1e-9
+            row = {"block": block, "branch": branch}
+            row |= {"low_over_high_dB_in_noise": float(values[-1]), "low_over_high_dB_clean": float(values[0])}
+            row["correlation"] = float(np.corrcoef(values, log_snr)[0, 1]) if moves else 0.0
+            if visibility is not None:
+                correlates = moves and visibility.std() > 1e-9
+                row["wiener_correlation"] = float(np.corrcoef(values, visibility)[0, 1]) if correlates else 0.0
+                row["wiener_slope"] = float(np.polyfit(visibility, values, 1)[0]) if correlates else 0.0
+            if by_class is not None:
+                row["class_std_dB"] = float(by_class[:, :, block, index].std(0).max())
+            rows.append(row)
+    return rows
 
 
 @torch.no_grad()

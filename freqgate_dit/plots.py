@@ -228,6 +228,12 @@ def gate_curves(timesteps: Sequence[float], gates: np.ndarray):
     return figure
 
 
+def decibel(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Ratio of two gains in dB."""
+    tiny = np.finfo(np.float32).tiny
+    return 20 * np.log10((low + tiny) / (high + tiny))
+
+
 def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarray):
     """The gains of Band-Gate over timesteps: low over high band in decibel, per block, for attention and MLP.
 
@@ -238,8 +244,7 @@ def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarr
     from matplotlib.cm import viridis
 
     figure, columns = new_figure(9, 3.6, columns=2, sharey=True)
-    tiny = np.finfo(np.float32).tiny
-    ratio = 20 * np.log10((low + tiny) / (high + tiny))
+    ratio = decibel(low, high)
     num_blocks = ratio.shape[1]
     for branch, (axes, title) in enumerate(zip(columns, ("Attention", "MLP"))):
         for block in range(num_blocks):

@@ -136,6 +136,8 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
     assert {row["branch"] for row in gains} == {"attention", "mlp"}
     assert curves[0]["low_over_high_dB"] == gains[0]["low_over_high_dB_clean"]
     assert curves[-1]["low_over_high_dB"] == gains[-1]["low_over_high_dB_in_noise"]
+    assert {row["class"] for row in tables["gains_by_class"]} == {"cat", "dog", "wild"}
+    assert len(tables["gains_by_class"]) == 3 * 5 * len(gains) and all(row["class_std_dB"] > 0 for row in gains)
 
 
 def test_band_gate_without_band_gates_has_none_to_read(quick_classifier):

@@ -1,5 +1,6 @@
 """Band-Gate: its low-pass, its start as adaLN-Zero, its options and its size."""
 
+import numpy as np
 import pytest
 import torch
 from components import randomize, tiny_transformer
@@ -8,7 +9,7 @@ from torch.testing import assert_close
 from transformer_cases import SPECTRALDIT, TEXT, assert_differ, inputs, run, untrained
 
 from freqgate_dit import VARIANTS
-from freqgate_dit.analysis import band_gain_table
+from freqgate_dit.analysis import band_gain_statistics, band_gain_table, band_visibility
 from freqgate_dit.cost import count_parameters, flops_per_forward
 from freqgate_dit.transformer_freqgate_dit import (
     apply_low_pass,
@@ -196,6 +197,32 @@ def test_the_band_gains_are_those_of_the_blocks():
     gate = modulation[:, 0, [2, 5]]  # of attention and MLP
     assert_close(torch.as_tensor(high[:, 1]), gate.square().mean(-1).sqrt())
     assert_close(torch.as_tensor(low[:, 1]), (gate + band[:, 0]).square().mean(-1).sqrt())
+
+
+def test_the_gains_of_a_class_are_its_own():
+    model = tiny_transformer("band_gate")
+    null, first, second = (band_gain_table(model, 5, label)[1] for label in (None, 0, 1))
+    assert abs(first - second).max() > 1e-3 and abs(first - null).max() > 1e-3
+    np.testing.assert_array_equal(null, band_gain_table(model, 5, model.config.num_classes)[1])
+
+
+def test_a_branch_that_follows_the_visibility_of_the_bands_is_told_from_one_that_opposes_it():
+    model = untrained("band_gate")
+    power = torch.where(radial_index(8, 8) * 2 < 0.45, 100.0, 0.01).expand(4, 8, 8)
+    model.set_spectrum(torch.zeros(4, 8, 8), power, torch.linspace(0.999, 0.001, 1000))
+    timesteps = np.linspace(0, 999, 9, dtype=np.float32)
+    visibility = band_visibility(model, timesteps)
+    # In noise as their powers (40 dB, less what of the low band leaks into the high one), of clean data alike.
+    assert (np.diff(visibility) > 0).all() and visibility[0] < 1 and 15 < visibility[-1] < 40
+    ratio = np.stack([2 * visibility + 1, -visibility], axis=-1)[:, None]  # (T, 1 block, 2 branches)
+    by_class = np.stack([ratio - 3, ratio + 3])
+    rows = band_gain_statistics(ratio, -timesteps, visibility, by_class)
+    assert [(row["block"], row["branch"]) for row in rows] == [(0, "attention"), (0, "mlp")]
+    assert [row["wiener_slope"] for row in rows] == pytest.approx([2, -1])
+    assert [row["wiener_correlation"] for row in rows] == pytest.approx([1, -1])
+    assert [row["class_std_dB"] for row in rows] == pytest.approx([3, 3])
+    assert rows[0]["correlation"] < -0.9 and rows[0]["low_over_high_dB_in_noise"] == ratio[-1, 0, 0]
+    assert band_visibility(tiny_transformer("band_gate", band_clock=False), timesteps) is None
 
 
 def test_size_against_adaln_zero_of_the_same_depth():

@@ -12,7 +12,15 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
-from freqgate_dit.analysis import band_gain_table, gate_statistics, gate_table, spectral_gate_table, wiener_gain
+from freqgate_dit.analysis import (
+    band_gain_statistics,
+    band_gain_table,
+    band_visibility,
+    gate_statistics,
+    gate_table,
+    spectral_gate_table,
+    wiener_gain,
+)
 from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
 from freqgate_dit.metrics import band_power
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
@@ -32,6 +40,8 @@ from freqgate_dit.training.validation import Validation, ValidationResult
 LEAST_SHOWN = 0.5
 SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
 SAME_DECISION = 0.5
+MOST_GATED, OF_A_CLASS = 64, 5  # classes whose gates are read, and timesteps of each
+BRANCHES = ("attention", "mlp")
 SHARES = (0.5, 0.9)  # of an octave's final power
 SMALL_INDEX = 0.1
 SAME_DIRECTION = 0.5  # three channels of four; or a correlation with log-SNR
@@ -330,6 +340,23 @@ def gate_section(subject: Subject) -> Section:
     return section
 
 
+def channel_rows(gates: np.ndarray, levels: np.ndarray) -> list[dict]:
+    """A row per block and channel of `(T, blocks, channels)` gates, timesteps ascending."""
+    centred = (levels - levels.mean())[:, None, None] * (gates - gates.mean(0))
+    correlation = centred.mean(0) / (levels.std() * np.maximum(gates.std(0), 1e-12))
+    return [
+        {
+            "block": block,
+            "channel": channel,
+            "in_noise": float(gates[-1, block, channel]),
+            "clean": float(gates[0, block, channel]),
+            "correlation": float(correlation[block, channel]),
+        }
+        for block in range(gates.shape[1])
+        for channel in range(gates.shape[2])
+    ]
+
+
 def listed(rows: list[dict], name: str, form: str) -> str:
     return ", ".join(format(row[name], form) for row in rows)
 
@@ -372,7 +399,8 @@ def block_gate_section(subject: Subject) -> Section:
                 "or with its paths exchanged -1 and -1."
             )
         figures = {"gate": plots.gate_curves(timesteps, gates)}
-        section = Section(title, [reading], figures, {"gates": statistics, "gate_means": rows}, ("gates",))
+        tables = {"gates": statistics, "gate_means": rows, "gate_channels": channel_rows(gates, levels)}
+        section = Section(title, [reading], figures, tables, ("gates",))
         section.claim(
             "In every block most channels' gates move one way (which way is no evidence of coarse to fine).",
             all(row["agreement"] > SAME_DIRECTION and row["range"] > LEAST_RANGE for row in statistics),
@@ -381,56 +409,93 @@ def block_gate_section(subject: Subject) -> Section:
         )
         return section
     if "band" in kinds:
-        timesteps, low, high = band_gain_table(transformer)
-        levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
-        tiny = np.finfo(np.float32).tiny
-        ratio = 20 * np.log10((low + tiny) / (high + tiny))  # (T, blocks, 2)
-        rows = []
-        for block, parts in enumerate(transformer.transformer_blocks):
-            for branch in parts.branches:
-                values = ratio[:, block, ("attention", "mlp").index(branch)]
-                correlation = float(np.corrcoef(values, levels)[0, 1]) if values.std() > 1e-9 else 0.0
-                ends = {"low_over_high_dB_in_noise": float(values[-1]), "low_over_high_dB_clean": float(values[0])}
-                rows.append({"block": block, "branch": branch, **ends, "correlation": correlation})
-        mean = {name: np.mean([row[name] for row in rows]) for name in ends}
-        falling = np.mean([row["correlation"] < 0 for row in rows])
-        is_frequency = transformer.config.band_basis != "random"
-        meaning = (
-            "Low and high are frequencies of the token grid by construction, so the direction means something: of the "
-            "gain of a branch, not of the image."
-            if is_frequency
-            else "In this model, a control, low and high are random directions of the token grid, not frequencies."
-        )
-        reading = (
-            f"Under the null condition and in noise the low band's gain exceeds the high band's by "
-            f"{mean['low_over_high_dB_in_noise']:+.1f} dB on average, in clean images by "
-            f"{mean['low_over_high_dB_clean']:+.1f} dB; in {falling:.0%} of the gated branches the low band gives "
-            f"way to the high one as noise falls. {meaning}"
-        )
-        figures = {"band_gains": plots.band_gain_curves(timesteps, low, high)}
-        curves = [
-            {
-                "timestep": float(step),
-                "log_snr": float(level),
-                "block": row["block"],
-                "branch": row["branch"],
-                "low_over_high_dB": float(ratio[i, row["block"], ("attention", "mlp").index(row["branch"])]),
-            }
-            for i, (step, level) in enumerate(zip(timesteps, levels))
-            for row in rows
-        ]
-        section = Section(title, [reading], figures, {"gains": rows, "gain_curves": curves}, ("gains",))
-        section.claim(
-            "Under the null condition the low band gives way to the high one in every branch as noise falls"
-            + ("." if is_frequency else " (bands of this control are random directions)."),
-            all(row["correlation"] < -SAME_DIRECTION for row in rows),
-            f"correlation with log-SNR {listed(rows, 'correlation', '+.2f')}",
-        )
-        return section
+        return band_gate_section(subject)
     return Section(
         title,
         [f"{type(transformer).__name__} has no gates over time or frequency: there is nothing to show here."],
     )
+
+
+def band_gate_section(subject: Subject) -> Section:
+    """The band gates of Band-Gate, as gains of the low over the high band."""
+    transformer = subject.pipe.transformer
+    timesteps, low, high = band_gain_table(transformer)
+    levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
+    ratio = plots.decibel(low, high)  # (T, blocks, 2)
+    visibility = band_visibility(transformer, timesteps)
+    classes = range(min(subject.pipe.num_classes, MOST_GATED)) if subject.is_conditional else []
+    tables = [band_gain_table(transformer, OF_A_CLASS, label) for label in classes]
+    by_class = np.array([plots.decibel(low, high) for _, low, high in tables]) if len(tables) > 1 else None
+    rows = [
+        row
+        for row in band_gain_statistics(ratio, levels, visibility, by_class)
+        if row["branch"] in transformer.transformer_blocks[0].branches
+    ]
+    curves = [
+        {
+            "timestep": float(step),
+            "log_snr": float(level),
+            "block": row["block"],
+            "branch": row["branch"],
+            "low_over_high_dB": float(ratio[i, row["block"], BRANCHES.index(row["branch"])]),
+        }
+        for i, (step, level) in enumerate(zip(timesteps, levels))
+        for row in rows
+    ]
+    ends = ("low_over_high_dB_in_noise", "low_over_high_dB_clean")
+    in_noise, clean = (np.mean([row[name] for row in rows]) for name in ends)
+    falling = np.mean([row["correlation"] < 0 for row in rows])
+    clearly = np.mean([row["correlation"] < -SAME_DIRECTION for row in rows])
+    is_frequency = transformer.config.band_basis != "random"
+    meaning = (
+        "Low and high are frequencies of the token grid by construction, so the direction means something: of the "
+        "gain of a branch, not of the image."
+        if is_frequency
+        else "In this model, a control, low and high are random directions of the token grid, not frequencies."
+    )
+    reading = [
+        f"Under the null condition and in noise the low band's gain exceeds the high band's by {in_noise:+.1f} dB on "
+        f"average, in clean images by {clean:+.1f} dB; in {falling:.0%} of the gated branches the low band gives way "
+        f"to the high one as noise falls, in {clearly:.0%} clearly (correlation below -{SAME_DIRECTION:g}). {meaning}"
+    ]
+    if visibility is not None and is_frequency:
+        reading.append(
+            "Against the visibility of the low over the high band of the data (ratio of their mean Wiener gains, "
+            f"{visibility[-1]:+.1f} dB in noise) they correlate by {listed(rows, 'wiener_correlation', '+.2f')}, with "
+            f"slopes of {listed(rows, 'wiener_slope', '+.2f')}."
+        )
+    section = Section(
+        "The gates",
+        reading,
+        {"band_gains": plots.band_gain_curves(timesteps, low, high)},
+        {"gains": rows, "gain_curves": curves},
+        ("gains",),
+    )
+    if by_class is not None:
+        section.reading.append(
+            "Between classes the ratio differs by a standard deviation of "
+            f"{np.mean([row['class_std_dB'] for row in rows]):.2f} dB on average over branches, at most "
+            f"{max(row['class_std_dB'] for row in rows):.2f} dB."
+        )
+        section.tables["gains_by_class"] = [
+            {
+                "class": subject.pipe.id2label.get(label, str(label)),
+                "timestep": float(step),
+                "block": row["block"],
+                "branch": row["branch"],
+                "low_over_high_dB": float(by_class[label, i, row["block"], BRANCHES.index(row["branch"])]),
+            }
+            for label in classes
+            for i, step in enumerate(tables[0][0])
+            for row in rows
+        ]
+    section.claim(
+        "Under the null condition the low band gives way to the high one in every branch as noise falls"
+        + ("." if is_frequency else " (bands of this control are random directions)."),
+        all(row["correlation"] < -SAME_DIRECTION for row in rows),
+        f"correlation with log-SNR {listed(rows, 'correlation', '+.2f')}",
+    )
+    return section
 
 
 # -- interventions ----------------------------------------------------------------------------------------------------
