@@ -221,7 +221,7 @@ def test_a_branch_that_follows_the_visibility_of_the_bands_is_told_from_one_that
     assert [row["wiener_slope"] for row in rows] == pytest.approx([2, -1])
     assert [row["wiener_correlation"] for row in rows] == pytest.approx([1, -1])
     assert [row["class_std_dB"] for row in rows] == pytest.approx([3, 3])
-    assert rows[0]["correlation"] < -0.9 and rows[0]["low_over_high_dB_in_noise"] == ratio[-1, 0, 0]
+    assert rows[0]["correlation"] < -0.8 and rows[0]["low_over_high_dB_in_noise"] == ratio[-1, 0, 0]
     assert band_visibility(tiny_transformer("band_gate", band_clock=False), timesteps) is None
 
 
