@@ -452,6 +452,26 @@ def trace_figure(log_snr: Sequence[float], bands: Sequence[str], power: np.ndarr
     return figure
 
 
+def forward_figure(log_snr: Sequence[float], bands: Sequence[str], sampled: np.ndarray, forward: np.ndarray):
+    """Spectrum of noisy samples on their way (solid) beside that of noised training data (dashed).
+
+    Args:
+        log_snr: `(steps,)`, ascending.
+        bands: names of the octaves, in cycles per image.
+        sampled, forward: `(steps, bands)` power of x_t at unit scale.
+    """
+    figure, axes = new_figure(6.5, 3.8)
+    for band, name in enumerate(bands):
+        colour = PALETTE[band % len(PALETTE)]
+        axes.semilogy(log_snr, sampled[:, band], color=colour, lw=1.6, label=f"{name} cycles")
+        axes.semilogy(log_snr, forward[:, band], color=colour, lw=1.2, ls="--")
+    title = "Noisy samples (dashed: noised training data)"
+    axes.set(xlabel="log-SNR (left noise, right clean)", ylabel="power per coefficient of x_t", title=title)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def decision_figure(log_snr: Sequence[float], shares: dict[str, np.ndarray], levels: dict[str, float], title: str):
     """Which label the finished image shows, over the level at which it was exchanged.
 

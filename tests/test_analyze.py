@@ -61,7 +61,7 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
     ):
         assert f"<h2>{title}</h2>" in page and title in printed.out
     # Self-contained: figures inside, nothing fetched, no path of this machine.
-    assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 6
+    assert page.count('src="data:image/png;base64,') == len(list(out.glob("sections/*/*.png"))) == 7
     assert not re.search(r"(src|href)=\"(?!data:)", page) and str(tmp_path) not in page
     # Tables, both ways the same.
     for name in ("order/trace", "gates/gates", "interventions/interventions"):
@@ -122,6 +122,26 @@ def test_a_report_of_a_text_model(tmp_path, capsys):
     main([*words, "--prompts", "A photo of cat", "A photo of dog"])
     effects = json.loads((tmp_path / "report/sections/interventions/interventions.json").read_text())
     assert [row["intervention"] for row in effects][:2] == ["none", "gate zero"]
+
+
+def test_a_model_that_knows_its_data_has_the_spectrum_of_noised_data():
+    """The exact denoiser of Gaussian data, by the spectral sampler: a factor of 1 but for the number of images."""
+    size, power = 16, 4 / (1 + torch.arange(16.0))[:, None].expand(16, 16) ** 2
+    transformer = tiny_transformer(
+        "adaln_zero", in_channels=1, sample_size=size, preconditioning="wiener", prediction_type="epsilon"
+    )
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    pipe = make_pipeline(transformer)
+    mean = torch.zeros(1, size, size)
+    mean[0, 0, 0] = 8.0
+    transformer.set_spectrum(mean, power[None], pipe.scheduler.alphas_cumprod)
+    section = report_sections.trace_section(Subject(pipe, None, num_images=128, steps=40))
+    rows = section.tables["forward_process"]
+    assert {row["band"] for row in rows} == {"0-1", "1-2", "2-4", "4-8"}
+    for row in rows:
+        assert row["sampled_power"] == pytest.approx(row["power"], rel=0.25)
+    assert max(row["power"] for row in rows) > 10 and "forward_process" in section.figures
 
 
 def test_a_band_gate_is_read(tmp_path, quick_classifier):

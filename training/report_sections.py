@@ -278,13 +278,23 @@ def trace_section(subject: Subject) -> Section:
                 f"At the end the octaves have {', '.join(f'{value:.2f}' for value in ratio)} times the power of the "
                 f"training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
             )
-            steps = torch.from_numpy(trace.timesteps)
-            forward = noised_power(torch.from_numpy(of_data), subject.alphas_cumprod, steps)
+            # x_t after a step has the noise of the next one; its power is about zero, not about the data's mean.
+            steps = torch.from_numpy(trace.timesteps[1:])
+            whole = data + band_power(mean[None].float()).mean((0, 1)).double()
+            forward = noised_power(whole, subject.alphas_cumprod, steps).numpy()
+            sampled = trace.latent_power.mean((1, 2)).numpy()[:-1]
+            section.figures["forward_process"] = plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward)
             section.tables["forward_process"] = [
-                {"timestep": float(step), "band": band, "power": value}
-                for step, row in zip(steps, forward.tolist())
-                for band, value in zip(trace.bands, row)
+                {"timestep": float(step), "log_snr": float(level), "band": band, "power": a, "sampled_power": b}
+                for step, level, row, own in zip(steps, trace.log_snr[1:], forward.tolist(), sampled.tolist())
+                for band, a, b in zip(trace.bands, row, own)
             ]
+            section.reading.append(
+                "The spectrum of the noisy samples on the way is at most a factor of "
+                f"{np.exp(np.abs(np.log(sampled / forward)).max()):.2f} from that of noised training data. The nearer "
+                "to 1, the less it says of the network: noise schedule and data alone make it. So the order is read "
+                "from the predicted image."
+            )
     steps = np.unique(np.linspace(0, len(strip) - 1, 10).round().astype(int))
     images = [subject.pipe.postprocess(strip[step], "np") for step in steps]
     section.figures["predictions"] = plots.image_grid(
