@@ -402,7 +402,8 @@ def cell_maps(
         title: np.array([[cell["mean"] for cell in row] for row in table], dtype=float)
         for title, table in cells.items()
     }
-    largest = max(np.abs(mean).max() for mean in means.values()) or 1.0
+    # What is more than doubled would leave all else pale.
+    largest = min(100.0, max(np.abs(mean).max() for mean in means.values())) or 1.0
     for axes, (title, mean) in zip(panels.flat, means.items()):
         image = axes.imshow(mean.T, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest)
         sure = [
