@@ -21,19 +21,15 @@ from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.files import read_json
 from freqgate_dit.model_card import table
-from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.statistics import paired_difference
 from freqgate_dit.training.config import load_yaml
-from freqgate_dit.training.demo import STEPS, sample, score
+from freqgate_dit.training.decisions import FACTORS
+from freqgate_dit.training.demo import NUM_CLASSES, STEPS, sample, score
 from freqgate_dit.training.factor_classifier import train_factor_classifier
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.paired import read_run
 from freqgate_dit.training.report_page import digest
-
-
-NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
-FACTORS = ("structure", "texture")
 
 
 def measure(run: Path, classifier, options: argparse.Namespace, weights: str, dtype: torch.dtype) -> dict:
@@ -77,6 +73,9 @@ def main():
     use_all_cores()
 
     comparison = read_json(options.comparison / "comparison.json")
+    for arm in options.arms or []:
+        if arm not in comparison["arms"]:
+            raise SystemExit(f"error: `--arms` has {arm!r}: choose some of {', '.join(comparison['arms'])}.")
     world = comparison["common"].get("world", "mod")
     classifier, real = train_factor_classifier(world=world, image_size=comparison["common"]["resolution"])
     dtype = choose_dtype("auto", torch.device("cpu"))

@@ -12,6 +12,9 @@ from freqgate_dit.transformer_freqgate_dit import (
 )
 
 
+BRANCHES = ("attention", "mlp")  # of a block, in the order of tables
+
+
 @torch.no_grad()
 def gate_table(
     transformer: FreqGateDiTTransformer2DModel, num_train_timesteps: int, num_timesteps: int = 50
@@ -111,7 +114,7 @@ def band_gain_table(
     for block, modulation, band in zip(
         transformer.transformer_blocks, recorder.select("modulation"), recorder.select("band")
     ):
-        gates = dict(zip(("attention", "mlp"), modulation.value[:, 0].float().chunk(6, dim=-1)[2::3]))  # (T, D) each
+        gates = dict(zip(BRANCHES, modulation.value[:, 0].float().chunk(6, dim=-1)[2::3]))  # (T, D) each
         bands = dict(zip(block.branches, band.value[:, 0].float().chunk(len(block.branches), dim=-1)))
         gains = [block.band_gains(gate, bands.get(branch)) for branch, gate in gates.items()]
         high.append(torch.stack([gain for gain, _ in gains], dim=1))  # (T, branches, D)
@@ -128,10 +131,10 @@ def band_visibility(transformer: BandGateDiTTransformer2DModel, timesteps: np.nd
         `(T,)`, or `None` for a model that knows no spectrum.
     """
     config = transformer.config
-    if transformer.spectrum is None:
-        return None
     shape = (len(timesteps), config.in_channels, config.sample_size, config.sample_size)
     known = transformer.known_of(torch.zeros(shape, device=transformer.device), torch.from_numpy(timesteps))
+    if known is None:
+        return None
     low, high = transformer.band_clocks(known).double().cpu().numpy().T
     return 10 * np.log10(low / high)
 
@@ -155,7 +158,7 @@ def band_gain_statistics(
     """
     rows = []
     for block in range(ratio.shape[1]):
-        for index, branch in enumerate(("attention", "mlp")):
+        for index, branch in enumerate(BRANCHES):
             values = ratio[:, block, index]
             moves = values.std() > 1e-9
             row = {"block": block, "branch": branch}

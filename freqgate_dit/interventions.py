@@ -216,8 +216,7 @@ def _band_gate_handles(transformer: BandGateDiTTransformer2DModel, change: str, 
         def time_part(timesteps):  # what the band gates see of time: (len(timesteps), D)
             samples = hidden_states[:1].expand(len(timesteps), -1, -1, -1)
             temb = transformer.embed_timestep(timesteps, len(timesteps), samples.device, samples.dtype)
-            known = transformer.known_of(samples, timesteps) if transformer.spectrum is not None else None
-            (clock_low, _), _ = transformer.block_inputs(samples, known)
+            (clock_low, _), _ = transformer.block_inputs(samples, transformer.known_of(samples, timesteps))
             return temb + clock_low
 
         timestep = torch.as_tensor(inputs["timestep"], device=hidden_states.device).float().expand(len(hidden_states))

@@ -1173,7 +1173,10 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         return tokens
 
     def known_of(self, hidden_states: torch.Tensor, timestep):
-        """What is known of the data at this noise level and size: log-SNR, mean and power (see `DataSpectrum`)."""
+        """What is known of the data at this noise level and size: log-SNR, mean and power (see `DataSpectrum`); `None`
+        for a model without a spectrum."""
+        if self.spectrum is None:
+            return None
         timestep = torch.as_tensor(timestep, device=hidden_states.device).to(torch.float32)
         return self.spectrum(timestep.expand(hidden_states.shape[0]), *hidden_states.shape[-2:])
 
@@ -1229,7 +1232,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         batch_size, device, dtype = hidden_states.shape[0], hidden_states.device, hidden_states.dtype
         rows, columns = self.token_grid(hidden_states)
         temb = self.embed_timestep(timestep, batch_size, device, dtype)  # (B, D)
-        known = self.known_of(hidden_states, timestep) if self.spectrum is not None else None
+        known = self.known_of(hidden_states, timestep)
         block_inputs = self.block_inputs(hidden_states, known)
         coefficients = None
         if self.preconditioner is not None:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from freqgate_dit import plots
 from freqgate_dit.analysis import (
+    BRANCHES,
     band_gain_statistics,
     band_gain_table,
     band_visibility,
@@ -41,7 +42,6 @@ LEAST_SHOWN = 0.5
 SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
 SAME_DECISION = 0.5
 MOST_GATED, OF_A_CLASS = 64, 5  # classes whose gates are read, and timesteps of each
-BRANCHES = ("attention", "mlp")
 SHARES = (0.5, 0.9)  # of an octave's final power
 SMALL_INDEX = 0.1
 SAME_DIRECTION = 0.5  # three channels of four; or a correlation with log-SNR
@@ -254,10 +254,11 @@ def trace_section(subject: Subject) -> Section:
                     row[f"{band} cycles"] = level
                 section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
         what = "latent" if space == "latent" and len(spaces) > 1 else "image"
-        orders = [order_of(trace.arrival(share)) for share in SHARES]
+        arrivals = [trace.arrival(share) for share in SHARES]
+        orders = [order_of(arrival) for arrival in arrivals]
         told = "; ".join(
-            f"{share:.0%}: {order} ({', '.join(f'{level:+.1f}' for level in trace.arrival(share))})"
-            for share, order in zip(SHARES, orders)
+            f"{share:.0%}: {order} ({', '.join(f'{level:+.1f}' for level in arrival)})"
+            for share, order, arrival in zip(SHARES, orders, arrivals)
         )
         section.reading.append(
             f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
