@@ -29,7 +29,7 @@ from freqgate_dit.training.factor_classifier import train_factor_classifier
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.paired import read_run
-from freqgate_dit.training.report_page import digest
+from freqgate_dit.training.report.page import digest
 
 
 def measure(run: Path, classifier, options: argparse.Namespace, weights: str, dtype: torch.dtype) -> dict:

@@ -14,11 +14,21 @@ from test_decisions import ROWS, deciding_pipeline, read
 from freqgate_dit.analysis import gate_statistics, spectral_gate_table, wiener_gain
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.statistics import Bootstrap
-from freqgate_dit.training import factor_classifier, information, report_sections
+from freqgate_dit.training import factor_classifier, information
 from freqgate_dit.training.analyze import main
 from freqgate_dit.training.decisions import LabelSwaps
-from freqgate_dit.training.report_page import Section, keep_section, render_page
-from freqgate_dit.training.report_sections import Subject, decision_section, dissociation, intervention_section
+from freqgate_dit.training.report import (
+    Subject,
+    decision_section,
+    decisions,
+    gate_section,
+    intervention_section,
+    trace_section,
+)
+from freqgate_dit.training.report import subject as subject_module
+from freqgate_dit.training.report.interventions import dissociation
+from freqgate_dit.training.report.order import order_of
+from freqgate_dit.training.report.page import Section, keep_section, render_page
 
 
 SMALL = ["--images", "4", "--steps", "4", "--pairs", "3", "--levels", "3", "--cpu_threads", "1"]
@@ -40,10 +50,10 @@ def quick_classifier(monkeypatch):
     """The real classifiers, of one batch."""
     monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
     monkeypatch.setattr(information, "TEST_IMAGES", 32)
-    inform = report_sections.factor_information
-    monkeypatch.setattr(report_sections, "factor_information", lambda *a: inform(*a, num_images=128, num_levels=3))
-    train = report_sections.train_factor_classifier
-    monkeypatch.setattr(report_sections, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
+    inform = subject_module.factor_information
+    monkeypatch.setattr(subject_module, "factor_information", lambda *a: inform(*a, num_images=128, num_levels=3))
+    train = subject_module.train_factor_classifier
+    monkeypatch.setattr(subject_module, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
 
 
 def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
@@ -136,7 +146,7 @@ def test_a_model_that_knows_its_data_has_the_spectrum_of_noised_data():
     mean = torch.zeros(1, size, size)
     mean[0, 0, 0] = 8.0
     transformer.set_spectrum(mean, power[None], pipe.scheduler.alphas_cumprod)
-    section = report_sections.trace_section(Subject(pipe, None, num_images=128, steps=40))
+    section = trace_section(Subject(pipe, None, num_images=128, steps=40))
     rows = section.tables["forward_process"]
     assert {row["band"] for row in rows} == {"0-1", "1-2", "2-4", "4-8"}
     for row in rows:
@@ -151,7 +161,7 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
     names = [row["intervention"] for row in section.tables["interventions"]]
     paths = [f"{what} condition in {path}" for what in ("no", "other") for path in ("low", "high")]
     assert names == ["none", "no condition", *paths, "gate zero", "gate mean", "gate reversed"]
-    tables = report_sections.gate_section(subject).tables
+    tables = gate_section(subject).tables
     gains, curves = tables["gains"], tables["gain_curves"]
     assert {row["branch"] for row in gains} == {"attention", "mlp"}
     assert curves[0]["low_over_high_dB"] == gains[0]["low_over_high_dB_clean"]
@@ -166,7 +176,7 @@ def test_band_gate_without_band_gates_has_none_to_read(quick_classifier):
     section = intervention_section(subject)
     names = [row["intervention"] for row in section.tables["interventions"]]
     assert names == ["none", "no condition", "no condition in high"]
-    assert "has no gates over time or frequency" in report_sections.gate_section(subject).reading[0]
+    assert "has no gates over time or frequency" in gate_section(subject).reading[0]
 
 
 def test_decisions_of_a_network_that_decides_at_known_levels():
@@ -249,7 +259,7 @@ def test_a_learned_spectral_gate_is_read():
     half = np.interp(0.5, learned[:, 2], levels)
     assert moved[0]["half_open_shift"] == pytest.approx(half + np.log(4), abs=0.02) and moved[0]["slope"] == 1.5
 
-    section = report_sections.gate_section(Subject(make_pipeline(transformer), None))
+    section = gate_section(Subject(make_pipeline(transformer), None))
     assert "The learned spectral gate is half open later than the Wiener gate by" in section.reading[-1]
     assert "spectral_gate" in section.figures
     with pytest.raises(ValueError, match="preconditioning None; only 'learned'"):
@@ -328,7 +338,7 @@ def test_a_sampler_that_tells_no_prediction_leaves_the_order_out(tmp_path, capsy
     ],
 )
 def test_the_order_is_read_from_the_levels(arrival, said):
-    assert said in report_sections.order_of(arrival)
+    assert said in order_of(arrival)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +364,7 @@ def test_what_an_exchange_of_labels_shows(low, high, said, verdict, compared):
     subject, section = Subject(deciding_pipeline(), "add"), Section("Decisions", [])
     subject.data_information = ([], {}, {"structure": -1.0, "texture": 0.25})
     difference = Bootstrap((low + high) / 2, 0.1, low, high, 0.0, 0.95, 10)
-    report_sections._read_swap(section, subject, ROWS, difference)
+    decisions._read_swap(section, subject, ROWS, difference)
     assert said in section.reading[1] and section.claims[0]["verdict"] == verdict
     assert "tell the two apart by +1.25" in section.reading[2] and compared in section.reading[2]
     verdicts = {"undecided": "undecided", "is undecided": "undecided"}
@@ -368,7 +378,7 @@ def test_what_an_exchange_of_labels_shows(low, high, said, verdict, compared):
 def test_where_no_factor_has_the_lower_frequency_none_is_claimed_to_be_first(low, high, verdict):
     subject, section = Subject(deciding_pipeline(), "same"), Section("Decisions", [])
     subject.data_information = ([], {}, {"structure": -1.0, "texture": -0.5})
-    report_sections._read_swap(section, subject, ROWS, Bootstrap((low + high) / 2, 0.1, low, high, 0.0, 0.95, 10))
+    decisions._read_swap(section, subject, ROWS, Bootstrap((low + high) / 2, 0.1, low, high, 0.0, 0.95, 10))
     assert section.claims[0]["claim"].startswith("Neither factor is decided first")
     assert section.claims[0]["verdict"] == verdict
 
@@ -376,7 +386,7 @@ def test_where_no_factor_has_the_lower_frequency_none_is_claimed_to_be_first(low
 def test_levels_that_the_data_do_not_tell_are_not_compared():
     subject, section = Subject(deciding_pipeline(), "add"), Section("Decisions", [])
     subject.data_information = ([], {}, {"structure": -1.0, "texture": float("nan")})
-    report_sections._read_swap(section, subject, ROWS, Bootstrap(1.0, 0.1, 0.6, 2.0, 0.0, 0.95, 10))
+    decisions._read_swap(section, subject, ROWS, Bootstrap(1.0, 0.1, 0.6, 2.0, 0.0, 0.95, 10))
     assert len(section.reading) == 2 and len(section.claims) == 1
 
 
@@ -389,7 +399,7 @@ def test_where_the_level_of_the_exchange_changes_nothing_no_level_is_given(answe
         shown = dict.fromkeys(ROWS, table), dict.fromkeys(ROWS, np.zeros_like(table))
         return LabelSwaps(np.linspace(-5.0, 5.0, num_levels), *shown)
 
-    monkeypatch.setattr(report_sections, "swap_labels", unmoved)
+    monkeypatch.setattr(decisions, "swap_labels", unmoved)
     subject = Subject(deciding_pipeline(), "mod")
     subject.classifier = (read, {})
     section = decision_section(subject)
@@ -425,6 +435,6 @@ def test_claims_reach_the_card(tmp_path, capsys):
 def test_the_control_of_band_gate_is_not_read_as_frequencies():
     options = {"band_basis": "random", "band_branches": "attention"}
     pipe = make_pipeline(tiny_transformer("band_gate", in_channels=3, sample_size=32, patch_size=4, **options))
-    section = report_sections.gate_section(Subject(pipe, None))
+    section = gate_section(Subject(pipe, None))
     assert "random directions" in section.reading[0] and "by construction" not in section.reading[0]
     assert {row["branch"] for row in section.tables["gains"]} == {"attention"}

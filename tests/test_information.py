@@ -12,13 +12,8 @@ from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import log_snr
 from freqgate_dit.training import information
 from freqgate_dit.training.information import factor_information, half_level, noised
-from freqgate_dit.training.report_sections import (
-    Subject,
-    _read_ceiling,
-    information_density,
-    information_section,
-    validate,
-)
+from freqgate_dit.training.report import Subject, information_section
+from freqgate_dit.training.report.information import _read_ceiling, information_density
 
 
 def test_noised_images_have_the_level():
@@ -65,7 +60,7 @@ class TestDensity:
         return Subject(make_pipeline(transformer), "mod")
 
     def test_its_integral_is_the_information(self, subject):
-        result = validate(subject, num_bins=5, with_null=True)
+        result = subject.validate(num_bins=5, with_null=True)
         rows = information_density(result, subject.alphas_cumprod)
         limits = log_snr(subject.alphas_cumprod, torch.linspace(0, 999, 6).round())
         widths = (limits[:-1] - limits[1:]).tolist()
@@ -91,13 +86,13 @@ class TestDensity:
         [(2.0, "possible for an ideal denoiser"), (9.0, "More than there is"), (-3.0, "Less than nothing")],
     )
     def test_what_is_said_of_the_ceiling(self, subject, nats, verdict):
-        result = validate(subject, with_null=True)
+        result = subject.validate(with_null=True)
         assert verdict in _read_ceiling(replace(result, information=nats, information_se=0.5))
 
     def test_a_schedule_without_terminal_signal_has_finite_densities(self, subject):
         alphas_cumprod = subject.alphas_cumprod.clone()
         alphas_cumprod[-1] = 0
-        rows = information_density(validate(subject, with_null=True), alphas_cumprod)
+        rows = information_density(subject.validate(with_null=True), alphas_cumprod)
         assert all(math.isfinite(value) for row in rows for value in row.values())
 
     def test_a_latent_model_has_its_own_curve_alone(self):

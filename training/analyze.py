@@ -31,8 +31,8 @@ from freqgate_dit.model_card import write_card
 from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
-from freqgate_dit.training.report_page import FORMAT, Section, digest, keep_section, render_page
-from freqgate_dit.training.report_sections import SECTIONS, Subject
+from freqgate_dit.training.report import SECTIONS, Subject
+from freqgate_dit.training.report.page import FORMAT, Section, digest, keep_section, render_page
 
 
 LEAST = {"images": 2, "steps": 3, "pairs": 2, "levels": 3, "batch_size": 1, "seed": 0}

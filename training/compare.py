@@ -47,7 +47,7 @@ from freqgate_dit.training.evaluation import check_arguments, make_parser
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest, size_cells
 from freqgate_dit.training.paired import read_run, summarise, write_report
-from freqgate_dit.training.report_page import digest
+from freqgate_dit.training.report.page import digest
 
 
 # With others, held-out errors are not of the same thing.

@@ -1,0 +1,127 @@
+"""When structure and texture are decided, by exchanging the label on the way."""
+
+from freqgate_dit import plots
+from freqgate_dit.training.decisions import FACTORS, KINDS, LEAST_CHANGE, PREDICTED, swap_labels
+from freqgate_dit.training.report.page import Section
+from freqgate_dit.training.report.subject import LEAST_SHOWN, Subject
+
+
+SAME_DECISION = 0.5
+
+
+def decision_section(subject: Subject) -> Section:
+    """When structure and texture are decided, by exchanging the label on the way."""
+    title = "When structure and texture are decided"
+    if subject.world is None:
+        return Section(
+            title,
+            [
+                "Left out: this needs labels whose factors are known, those of the built-in data (`dataset: "
+                "shapes_textures`), and this pipeline was trained on other data, or lacks the training_config.yaml "
+                "that would say so."
+            ],
+        )
+    classifier = subject.classifier[0]
+    section = Section(title, [])
+    for kind in KINDS if subject.has_null_condition else KINDS[:1]:
+        swaps = swap_labels(
+            subject.pipe,
+            classifier,
+            subject.num_pairs,
+            subject.num_levels,
+            subject.steps,
+            kind,
+            subject.seed,
+            subject.batch_size,
+        )
+        shown = {factor: swaps.shown(factor) for factor in FACTORS}
+        if min(shown.values()) < LEAST_SHOWN:
+            section.reading.append(
+                f"No level can be given: only {shown['structure']:.0%} of the images show the structure of either "
+                f"label, and {shown['texture']:.0%} the texture. Train for longer first."
+            )
+            break
+        still = [factor for factor in FACTORS if swaps.change(factor) < LEAST_CHANGE]
+        if still:
+            section.reading.append(
+                f"Label {kind}: no level can be given, as the {' and the '.join(still)} of the images is hardly moved "
+                "by the noise level of the exchange."
+            )
+            continue
+        levels = {factor: swaps.level(factor) for factor in FACTORS}
+        shares = {factor: swaps.share(factor) for factor in FACTORS}
+        difference = swaps.difference()
+        section.figures[f"label_{kind}"] = plots.decision_figure(swaps.log_snr, shares, levels, f"Label {kind}")
+        section.tables[f"label_{kind}"] = [
+            {"log_snr": float(level), **{factor: float(shares[factor][i]) for factor in FACTORS}}
+            for i, level in enumerate(swaps.log_snr)
+        ]
+        row = {
+            "world": subject.world,
+            "kind": kind,
+            **levels,
+            "difference": difference.estimate,
+            "low": difference.low,
+            "high": difference.high,
+            "of_data": subject.data_difference,
+        }
+        section.tables.setdefault("levels", []).append(row)
+        section.shown = ("levels",)
+        if kind == "swap":
+            _read_swap(section, subject, levels, difference)
+    return section
+
+
+def side(interval, centre: float, least: float = 0.0) -> int | None:
+    """Of an interval: 1 above `centre` by more than `least`, -1 below it by more than that, otherwise 0 where it is
+    within `SAME_DECISION` of it, `None` undecided."""
+    low, high = interval.low - centre, interval.high - centre
+    if low > least or high < -least:
+        return 1 if low > least else -1
+    return 0 if -SAME_DECISION < low and high < SAME_DECISION else None
+
+
+def _read_swap(section: Section, subject: Subject, levels: dict, difference):
+    predicted, of_data = PREDICTED[subject.world], subject.data_difference
+    interval = f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs)"
+    section.reading.append(
+        f"{subject.num_pairs} pairs of labels, exchanged at {subject.num_levels} noise levels. Structure is decided "
+        f"at a log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference {interval}. The "
+        "interval is of this one model's samples, not of training."
+    )
+    # Where a sign is predicted, any difference of that sign will do; where none is, only one that is not small.
+    found = side(difference, 0.0, 0.0 if predicted else SAME_DECISION)
+    names = {1: "texture after structure", -1: "texture before structure", 0: "both at about the same level"}
+    if found is None:
+        verdict = "Undecided: more pairs would tell."
+    else:
+        verdict = (
+            f"Found: {names[found]}. That is {'as' if found == predicted else 'other than'} predicted for the world "
+            f"'{subject.world}' if lower frequencies are decided first ({names[predicted]})."
+        )
+    section.reading.append(verdict)
+    first = "The factor of the lower frequency is decided first" if predicted else "Neither factor is decided first"
+    section.claim(
+        f"{first} (world '{subject.world}': {names[predicted]}).",
+        None if found is None else found == predicted,
+        f"texture minus structure {interval}",
+    )
+    if of_data is None:
+        return
+    beyond = side(difference, of_data, SAME_DECISION)
+    compared = {
+        1: "the model decides the texture later still, compared with the structure",
+        -1: "the model decides the texture earlier than that, compared with the structure",
+        0: "the model's order is the data's",
+        None: "whether the model's order is the data's is undecided, more pairs would tell",
+    }[beyond]
+    section.reading.append(
+        f"The noisy images themselves tell the two apart by {of_data:+.2f}, whatever the denoiser: {compared}. "
+        "What goes beyond the data may be the model's own preference, or the difference of two measures: half of the "
+        "images here, half of the information there."
+    )
+    section.claim(
+        f"Structure and texture are decided as far apart as the noisy data tell them, to {SAME_DECISION} nats.",
+        None if beyond is None else beyond == 0,
+        f"texture minus structure {interval}; of the data {of_data:+.2f}",
+    )

@@ -1,0 +1,222 @@
+"""What changes when a part of the mechanism is taken away, from the same noise."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from freqgate_dit import plots
+from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
+from freqgate_dit.metrics import band_power
+from freqgate_dit.spectral import octave_labels
+from freqgate_dit.statistics import bootstrap
+from freqgate_dit.training.decisions import FACTORS, factors
+from freqgate_dit.training.report.page import Section
+from freqgate_dit.training.report.subject import LEAST_SHOWN, Subject
+
+
+SMALL_INDEX = 0.1
+SMALL_CHANGE = 0.01  # of the held-out loss
+
+
+def interventions_of(subject: Subject) -> dict[str, Callable[[], AbstractContextManager]]:
+    """Name -> context in which the model is changed, of what can be done to it."""
+    transformer, classes = subject.pipe.transformer, subject.pipe.num_classes
+    found = {}
+    if subject.has_null_condition:
+        found["no condition"] = partial(labels_from, transformer, classes, -np.inf, subject.alphas_cumprod)
+        paths = [
+            path for path in ("low", "high") if getattr(transformer.transformer_blocks[0], path, None) is not None
+        ]
+        for path in paths:
+            found[f"no condition in {path}"] = partial(labels_in_path, transformer, path, classes)
+        for path in paths if len(paths) == 2 else []:
+            found[f"other condition in {path}"] = partial(labels_in_path, transformer, path, subject.other_label)
+    train_steps = subject.pipe.scheduler.config.num_train_timesteps
+    for change in gate_changes(transformer):
+        found[f"gate {change}"] = partial(changed_gate, transformer, change, train_steps)
+    return found
+
+
+def intervention_section(subject: Subject) -> Section:
+    """What changes in images and in the loss, from the same noise, when a part of the mechanism is taken away."""
+    title = "Interventions"
+    found = interventions_of(subject)
+    if not found:
+        return Section(title, ["A model without null condition and gates has no part that could be taken away."])
+    plain = subject.sample()
+    bands = octave_labels(*plain.shape[-2:])
+    reference = band_power(plain, plain.mean(0)).mean((0, 1))
+    judged = subject.world is not None
+    correct, of_other = {}, {}
+    if judged:
+        others = [subject.other_label(label) for label in subject.labels]
+        correct["none"], of_other["none"] = judge(subject, plain, subject.labels), judge(subject, plain, others)
+    losses = {"none": subject.validate().loss} if judged else {}
+    effects, images = {}, {}
+    for name, context in tqdm(found.items(), desc="interventions", unit="run"):
+        with context():
+            images[name] = subject.sample()
+            if judged:
+                losses[name] = subject.validate().loss
+        effects[name] = (band_power(images[name] - plain).mean((0, 1)) / reference).tolist()
+        if judged:
+            correct[name] = judge(subject, images[name], subject.labels)
+            of_other[name] = judge(subject, images[name], others)
+    rows = []
+    for name in ["none", *found]:
+        row = {"intervention": name}
+        if judged:
+            row |= {f"{factor}_right": float(correct[name][factor].mean()) for factor in FACTORS}
+            row |= {f"{factor}_of_other": float(of_other[name][factor].mean()) for factor in FACTORS}
+            row["held_out_loss"] = losses[name]
+        row |= {f"change_{band}": value for band, value in zip(bands, effects.get(name, [0.0] * len(bands)))}
+        rows.append(row)
+    section = Section(
+        title, [], {"effects": plots.effect_figure(effects, bands)}, {"interventions": rows}, ("interventions",)
+    )
+    section.reading.append(
+        f"{subject.num_images} images from the same noise, without guidance. Numbers are the power of the change over "
+        "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images."
+    )
+    if judged:
+        accuracy = subject.classifier[1]
+        section.reading.append(
+            "Structure and texture are read by a classifier that is right on "
+            f"{accuracy['structure']:.1%} and {accuracy['texture']:.1%} of held-out real images; chance is 12.5%."
+        )
+    if "gate mean" in effects and judged:
+        change = losses["gate mean"] / losses["none"] - 1
+        section.reading.append(
+            f"With the gates held at their mean over time the held-out loss changes by {change:+.2%}, with gates at "
+            f"the "
+            f"mirrored timestep by {losses['gate reversed'] / losses['none'] - 1:+.2%}: that much hangs on their "
+            f"course."
+        )
+        section.claim(
+            f"The model depends on the course of its gates: held at their mean over time, its held-out loss rises by "
+            f"more than {SMALL_CHANGE:.0%}.",
+            change > SMALL_CHANGE,
+            f"{change:+.2%}, on the same 512 images and noise",
+        )
+    if judged and "other condition in low" in found:
+        told = "; ".join(
+            f"in {path.capitalize()} alone, {of_other[name]['structure'].mean():.0%} show B's structure "
+            f"({correct[name]['structure'].mean():.0%} A's) and {of_other[name]['texture'].mean():.0%} B's texture "
+            f"({correct[name]['texture'].mean():.0%} A's)"
+            for path, name in (("low", "other condition in low"), ("high", "other condition in high"))
+        )
+        section.reading.append(f"Images of label A with another label B {told}.")
+    if judged and "no condition in high" in found and "no condition in low" in found:
+        index = dissociation(correct)
+        section.tables["dissociation"] = [
+            {"index": index.estimate, "low": index.low, "high": index.high, "standard_error": index.standard_error}
+        ]
+        section.shown += ("dissociation",)
+        shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
+        serves = division(index)
+        verdict = {
+            1: "the path called Low serves structure more than texture, compared with High",
+            -1: "the path called Low serves texture more than structure, compared with High",
+            0: "structure and texture are hardly shared out between the two paths",
+            None: "undecided, more images would tell",
+        }[serves]
+        if min(shown.values()) < LEAST_SHOWN:
+            serves, verdict = (
+                None,
+                f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
+                f"{shown['texture']:.0%} of textures, and what is not there cannot be lost",
+            )
+        _claim_division(section, subject, index, correct, serves)
+        section.reading.append(
+            f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over "
+            f"images; "
+            f"a perfect division of labour would be 0.875, as chance is right once in eight): {verdict}. It is of "
+            f"this one model."
+        )
+    if {"no condition in low", "no condition in high"} <= found.keys() and subject.pipe.num_classes > 1:
+        section.figures["hybrids"] = hybrid_figure(subject)
+        section.reading.append(
+            "Hybrids: rows of the last picture have the label of A in one path and of B in the other."
+        )
+    return section
+
+
+def judge(subject: Subject, images: torch.Tensor, labels: Sequence[int]) -> dict[str, np.ndarray]:
+    """Factor -> `(num_images,)` bool: the image shows it as its label of `labels` says."""
+    with torch.no_grad():
+        logits = subject.classifier[0](images)
+    expected = factors(torch.tensor(labels))
+    return {name: one.argmax(-1).numpy() == right for name, one, right in zip(FACTORS, logits, expected)}
+
+
+def dissociation(correct: dict[str, dict[str, np.ndarray]], num_resamples: int = 500):
+    """Double dissociation index: half of (loss of structure - loss of texture without Low's condition) minus the same
+    without High's. 1: Low carries all of structure and nothing of texture, High the reverse."""
+
+    def index(chosen: np.ndarray) -> float:
+        def loss(path: str, factor: str) -> float:
+            return correct["none"][factor][chosen].mean() - correct[f"no condition in {path}"][factor][chosen].mean()
+
+        low, high = (loss(path, "structure") - loss(path, "texture") for path in ("low", "high"))
+        return float(low - high) / 2
+
+    return bootstrap(index, len(correct["none"]["structure"]), num_resamples=num_resamples)
+
+
+def division(index) -> int | None:
+    """1: Low serves structure more than texture, compared with High; -1: the reverse; 0: neither; `None` undecided."""
+    if index.low > SMALL_INDEX:
+        return 1
+    if index.high < -SMALL_INDEX:
+        return -1
+    return 0 if -SMALL_INDEX < index.low and index.high < SMALL_INDEX else None
+
+
+def _claim_division(section: Section, subject: Subject, index, correct: dict, serves: int | None):
+    """Whether the paths share out structure and texture: of Freq-Gate, whose names are arbitrary, either way round."""
+    transformer = subject.pipe.transformer
+    if "band" not in transformer.inspectable:
+        claim, sides = "One of Low and High serves structure more, the other texture", (1, -1)
+    else:
+        claim, sides = "The condition in Low serves structure more than texture, compared with that in High", (1,)
+        if transformer.config.band_basis == "random":
+            claim += " (bands of this control are random directions)"
+    losses = ", ".join(
+        f"{correct['none'][factor].mean() - correct[f'no condition in {path}'][factor].mean():+.0%} {factor} in {path}"
+        for path in ("low", "high")
+        for factor in FACTORS
+    )
+    section.claim(
+        f"{claim}.",
+        None if serves is None else serves in sides,
+        f"double dissociation index {index.estimate:+.3f} [{index.low:+.3f}, {index.high:+.3f}] of at most 0.875; "
+        f"lost without the condition: {losses}",
+    )
+
+
+def hybrid_figure(subject: Subject, count: int = 6):
+    """Images of label A, of label B, and with the label of B in one path alone, from the same noise."""
+    pipe, transformer = subject.pipe, subject.pipe.transformer
+    shown = subject.diverse(count)
+    ours = [index % pipe.num_classes for index in shown]
+    others = [subject.other_label(label) for label in ours]
+
+    def images(labels, context):
+        with context:
+            seeds = [subject.seed + index for index in range(count)]
+            return list(pipe(labels, seed=seeds, **subject.options(output_type="np")).images)
+
+    other = torch.tensor(others)
+    rows = {
+        "A": images(ours, nullcontext()),
+        "A, B in Low": images(ours, labels_in_path(transformer, "low", other)),
+        "A, B in High": images(ours, labels_in_path(transformer, "high", other)),
+        "B": images(others, nullcontext()),
+    }
+    b_names = [str(pipe.id2label.get(label, label)) for label in others]
+    names = [f"{subject.name_of(index)}\nB: {name}" for index, name in zip(shown, b_names)]
+    return plots.image_grid(list(rows.values()), list(rows), names, "columns: label A, label B")

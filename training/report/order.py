@@ -1,0 +1,135 @@
+"""In which order the octaves of the image are made."""
+
+import numpy as np
+import torch
+
+from freqgate_dit import plots
+from freqgate_dit.metrics import band_power
+from freqgate_dit.traces import DenoisingTrace, NoPredictionError, noised_power
+from freqgate_dit.training.report.page import Section
+from freqgate_dit.training.report.subject import Subject
+
+
+SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
+SHARES = (0.5, 0.9)  # of an octave's final power
+COARSE_TO_FINE, UNTOLD = "from coarse to fine", "not to be told"
+MOST_CLASSES = 8  # that the traces' table lists one by one
+
+
+@torch.no_grad()
+def trace_section(subject: Subject) -> Section:
+    """In which order the octaves are made."""
+    mean, data, source = subject.data_spectrum or (None, None, None)
+    spaces = ["latent"] if subject.pipe.vae is None else ["latent", "pixel"]
+    section = Section("The order of denoising", [], shown=("arrival",))
+    traces = {space: DenoisingTrace(space, mean=mean if space == "latent" else None) for space in spaces}
+
+    count = min(subject.num_images, subject.batch_size)
+    shown = [index for index in subject.diverse(6) if index < count]
+    strip = []  # predictions of the images shown after each step, as the model sees them
+
+    def watch(pipe, step, timestep, tensors):
+        for trace in traces.values():
+            trace(pipe, step, timestep, tensors)
+        strip.append(tensors["pred_original_sample"][shown])
+        return {}
+
+    watched = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": DenoisingTrace.tensor_inputs}
+    try:
+        subject.pipe(**subject.given(range(count)), **subject.options(output_type="latent"), **watched)
+    except NoPredictionError as error:
+        return Section(section.title, [f"Left out: {error}"])
+    for space, trace in traces.items():
+        power = trace.predicted_power.mean((1, 2)).numpy()
+        of_data = data.numpy() if data is not None and space == "latent" else None
+        name = "trace" if len(spaces) == 1 else f"trace_of_{space}s"
+        section.figures[name] = plots.trace_figure(trace.log_snr, trace.bands, power, of_data)
+        section.tables[name] = trace.rows()
+        groups = {"all": slice(None)}
+        if subject.is_conditional and subject.pipe.num_classes <= MOST_CLASSES:
+            names = subject.pipe.id2label
+            for label in range(subject.pipe.num_classes):
+                groups[names.get(label, str(label))] = [i for i in range(count) if subject.labels[i] == label]
+        for group, images in groups.items():
+            if images == []:
+                continue
+            for share in SHARES:
+                row = {"space": "image" if space == "pixel" or len(spaces) == 1 else "latent", "class": group}
+                row["share"] = share
+                for band, level in zip(trace.bands, trace.arrival(share, images)):
+                    row[f"{band} cycles"] = level
+                section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
+        what = "latent" if space == "latent" and len(spaces) > 1 else "image"
+        arrivals = [trace.arrival(share) for share in SHARES]
+        orders = [order_of(arrival) for arrival in arrivals]
+        told = "; ".join(
+            f"{share:.0%}: {order} ({', '.join(f'{level:+.1f}' for level in arrival)})"
+            for share, order, arrival in zip(SHARES, orders, arrivals)
+        )
+        section.reading.append(
+            f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
+            f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
+            "On data whose power falls with frequency any good denoiser goes from coarse to fine, whatever its "
+            "conditioning: at a given noise level only the octaves that stand out of the noise can be told."
+        )
+        section.claim(
+            f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data), by half "
+            "and by nine tenths of their power.",
+            None if UNTOLD in orders else set(orders) == {COARSE_TO_FINE},
+            f"{told}; log-SNR of {', '.join(trace.bands)} cycles",
+        )
+        if of_data is not None:
+            ratio = power[-1] / of_data
+            worst = int(np.abs(np.log(ratio)).argmax())
+            section.reading.append(
+                f"At the end the octaves have {', '.join(f'{value:.2f}' for value in ratio)} times the power of the "
+                f"training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
+            )
+            # x_t after a step has the noise of the next one; its power is about zero, not about the data's mean.
+            steps = torch.from_numpy(trace.timesteps[1:])
+            whole = data + band_power(mean[None].float()).mean((0, 1)).double()
+            forward = noised_power(whole, subject.alphas_cumprod, steps).numpy()
+            sampled = trace.latent_power.mean((1, 2)).numpy()[:-1]
+            section.figures["forward_process"] = plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward)
+            section.tables["forward_process"] = [
+                {"timestep": float(step), "log_snr": float(level), "band": band, "power": a, "sampled_power": b}
+                for step, level, row, own in zip(steps, trace.log_snr[1:], forward.tolist(), sampled.tolist())
+                for band, a, b in zip(trace.bands, row, own)
+            ]
+            section.reading.append(
+                "The spectrum of the noisy samples on the way is at most a factor of "
+                f"{np.exp(np.abs(np.log(sampled / forward)).max()):.2f} from that of noised training data. The nearer "
+                "to 1, the less it says of the network: noise schedule and data alone make it. So the order is read "
+                "from the predicted image."
+            )
+    steps = np.unique(np.linspace(0, len(strip) - 1, 10).round().astype(int))
+    images = [subject.pipe.postprocess(strip[step], "np") for step in steps]
+    section.figures["predictions"] = plots.image_grid(
+        list(zip(*images)),
+        [subject.name_of(index) for index in shown],
+        [f"{traces['latent'].log_snr[step]:+.1f}" for step in steps],
+        "predicted clean image, columns: log-SNR",
+    )
+    if len(spaces) > 1:
+        section.shown = ("arrival", "arrival_of_pixels")
+    if data is None:
+        section.reading.append(
+            "The pipeline holds no spectrum of the training data, so there is nothing to compare with."
+        )
+    return section
+
+
+def order_of(arrival: list[float]) -> str:
+    """In which order the octaves arrive, in words, by their log-SNR from the lowest frequency to the highest."""
+    levels = np.array(arrival)
+    if not np.isfinite(levels).all():
+        return UNTOLD
+    if np.ptp(levels) < SAME_LEVEL:
+        return "all at about the same level"
+    # Of all pairs, not of neighbours alone: many small steps back are a large one.
+    steps = (levels[None] - levels[:, None])[np.triu_indices(len(levels), 1)]
+    if steps.min() > -SAME_LEVEL and levels[-1] - levels[0] > SAME_LEVEL:
+        return COARSE_TO_FINE
+    if steps.max() < SAME_LEVEL and levels[0] - levels[-1] > SAME_LEVEL:
+        return "from fine to coarse"
+    return "not in the order of their frequencies"

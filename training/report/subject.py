@@ -1,0 +1,196 @@
+"""What a report is of: a pipeline, the images that are measured, and the data it was trained on."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
+from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
+from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands
+from freqgate_dit.training.factor_classifier import scaled, train_factor_classifier
+from freqgate_dit.training.information import factor_information, half_level
+from freqgate_dit.training.latents import CachedLatents
+from freqgate_dit.training.validation import Validation, ValidationResult
+
+
+LEAST_SHOWN = 0.5  # share of right images, from which on it is measured what becomes of them
+
+
+@dataclass
+class Subject:
+    """What is analysed, and how.
+
+    Args:
+        world: of the built-in data that the pipeline was trained on, or `None`: then labels have no known factors.
+        num_images: sampled for each measurement.
+        steps: of the scheduler.
+        prompts: of a text-conditional pipeline, used in turn.
+
+    Raises:
+        ValueError: for a text-conditional pipeline without prompts.
+    """
+
+    pipe: FreqGateDiTPipeline
+    world: str | None
+    num_images: int = 128
+    steps: int = 30
+    num_pairs: int = 64
+    num_levels: int = 12
+    seed: int = 0
+    batch_size: int = 128
+    prompts: Sequence[str] = ()
+    guidance_scale: float = field(default=1.0, init=False)  # guidance would mix its own effects in
+
+    def __post_init__(self):
+        if self.pipe.is_text_conditional and not self.prompts:
+            raise ValueError("`prompts` is empty, and this pipeline is conditioned on text: give some.")
+        if self.pipe.num_classes != len(STRUCTURES) * len(TEXTURES):
+            self.world = None  # images of the world, but no labels that say what they should show
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether there are class labels that can be exchanged."""
+        return self.pipe.num_classes is not None
+
+    @property
+    def has_null_condition(self) -> bool:
+        return self.is_conditional and self.pipe.has_null_condition
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        return self.pipe.scheduler.alphas_cumprod.cpu()
+
+    @property
+    def labels(self) -> list[int]:
+        return [index % self.pipe.num_classes for index in range(self.num_images)]
+
+    def diverse(self, count: int) -> list[int]:
+        """Images to look at, by index: of the built-in data, whose class is 8 x structure + texture, another structure
+        and another texture each."""
+        step = len(TEXTURES) + 1 if self.world is not None else 1
+        return [step * index for index in range(count)]
+
+    def name_of(self, index: int) -> str:
+        """What image `index` is to show, in lines."""
+        if self.pipe.is_text_conditional:
+            return textwrap.fill(textwrap.shorten(self.prompts[index % len(self.prompts)], 60), 20)
+        if not self.is_conditional:
+            return str(index)
+        label = index % self.pipe.num_classes
+        return str(self.pipe.id2label.get(label, label)).replace(" ", "\n")
+
+    def other_label(self, labels):
+        """Another class for each; of the built-in data one that differs in structure and in texture."""
+        classes = self.pipe.num_classes
+        return (labels + (classes // 2 + 3 if self.world else 1)) % classes
+
+    @property
+    def image_size(self) -> int:
+        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
+
+    @cached_property
+    def classifier(self):
+        """Judge of the built-in data's factors, and its accuracies on held-out real images."""
+        with torch.enable_grad():
+            return train_factor_classifier(world=self.world, image_size=self.image_size, progress=False)
+
+    @torch.no_grad()
+    def to_model_space(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(N, 3, H, W)` in [-1, 1] as the model sees them."""
+        vae = self.pipe.vae
+        return images if vae is None else encode_to_latent_moments(vae, images.to(vae.device))[0].cpu()
+
+    def real_images(self, count: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of the world, as the model sees them, and their labels."""
+        data = ShapesTextures(count, self.image_size, self.world, split=split)
+        return self.to_model_space(scaled(data.images(range(count)))), data.labels(range(count))
+
+    @cached_property
+    def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.real_images(512, "validation")
+
+    @cached_property
+    def data_information(self) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+        """What a classifier of noisy images knows, `factor_information`, and the level of half of it by factor."""
+        levels, curves = factor_information(self.world, self.image_size)
+        return levels, curves, {name: half_level(levels, nats) for name, nats in curves.items()}
+
+    @property
+    def data_difference(self) -> float | None:
+        """By how much more log-SNR half of the texture is known than half of the structure; `None` if untold."""
+        if self.pipe.vae is not None:
+            return None  # that classifier reads noisy images, and the noise is on latents
+        half = self.data_information[2]
+        difference = half["texture"] - half["structure"]
+        return difference if np.isfinite(difference) else None
+
+    @cached_property
+    def data_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+        """Mean image `(C, H, W)` and power of the octaves `(bands,)` of the training data in the model's space, and
+        where they are from; of the built-in data measured, otherwise from what the pipeline keeps."""
+        size = self.pipe.transformer.config.sample_size
+        spectrum = self.pipe.scheduler.config.get("spectrum") or self.pipe.scheduler.config.get("_spectrum")
+        own = self.pipe.transformer.spectrum
+        if self.world is not None:
+            statistics = SpectrumStatistics()
+            statistics.update(self.real_images(1024, "train")[0])
+            mean, power, source = statistics.mean, statistics.power, "1,024 images of the training data"
+        elif own is not None:
+            mean, power, source = own.mean.cpu().double(), own.power.cpu().double(), "the weights"
+        elif spectrum:
+            mean, power = spectral_mean(spectrum, size, size), spectral_power(spectrum, size, size)
+            source = "the scheduler's configuration, which keeps means over rings: about right"
+        else:
+            return None
+        power, bands = power.mean(0), octave_bands(size, size)
+        octaves = torch.stack([power[bands == band].mean() for band in range(int(bands.max()) + 1)])
+        return idct2(mean), octaves, source
+
+    @torch.no_grad()
+    def sample(self, **options) -> torch.Tensor:
+        """Images `(num_images, 3, H, W)` in [-1, 1]; image i has the seed `seed + i`, whatever is changed."""
+        images = []
+        for batch in self.batches():
+            images.append(self.pipe(**self.given(batch), **self.options(**options)).images)
+        return 2 * torch.cat(images).float().cpu() - 1
+
+    def given(self, indices: Sequence[int]) -> dict:
+        """Condition and seeds of some of the images, as the pipeline takes them."""
+        seeds = {"seed": [self.seed + index for index in indices]}
+        if self.is_conditional:
+            return {"class_labels": [self.labels[index] for index in indices], **seeds}
+        if self.pipe.is_text_conditional:
+            return {"prompt": [self.prompts[index % len(self.prompts)] for index in indices], **seeds}
+        return {"num_images_per_label": len(indices), **seeds}
+
+    def batches(self) -> Iterator[list[int]]:
+        for start in range(0, self.num_images, self.batch_size):
+            yield list(range(start, min(start + self.batch_size, self.num_images)))
+
+    def options(self, **options) -> dict:
+        fixed = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale, "output_type": "pt"}
+        return {**fixed, **options}
+
+    def validate(self, num_bins: int = 10, with_null: bool = False) -> ValidationResult:
+        """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too; where
+        asked, without the condition too."""
+        pipe, device = self.pipe, self.pipe.device
+        config = pipe.scheduler.config
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+        scheduler = DDPMScheduler(**{name: config[name] for name in names})
+        images, labels = self.held_out
+        null_label = pipe.num_classes if with_null else None
+        data = CachedLatents(images[:, None], None, labels)
+        validation = Validation(data, scheduler, len(images), 128, null_label=null_label, num_bins=num_bins)
+
+        def denoise(noisy, timesteps, labels):
+            inputs = noisy.to(device, pipe.transformer.dtype), timesteps.to(device)
+            return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
+
+        return validation.summarise(validation(denoise))
