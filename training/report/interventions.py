@@ -47,102 +47,118 @@ def intervention_section(subject: Subject) -> Section:
     found = interventions_of(subject)
     if not found:
         return Section(title, ["A model without null condition and gates has no part that could be taken away."])
-    plain = subject.sample()
-    bands = octave_labels(*plain.shape[-2:])
-    reference = band_power(plain, plain.mean(0)).mean((0, 1))
+    effects, correct, of_other, losses = measure(subject, found)
     judged = subject.world is not None
-    correct, of_other = {}, {}
-    if judged:
-        others = [subject.other_label(label) for label in subject.labels]
-        correct["none"], of_other["none"] = judge(subject, plain, subject.labels), judge(subject, plain, others)
-    losses = {"none": subject.validate().loss} if judged else {}
-    effects, images = {}, {}
-    for name, context in tqdm(found.items(), desc="interventions", unit="run"):
-        with context():
-            images[name] = subject.sample()
-            if judged:
-                losses[name] = subject.validate().loss
-        effects[name] = (band_power(images[name] - plain).mean((0, 1)) / reference).tolist()
-        if judged:
-            correct[name] = judge(subject, images[name], subject.labels)
-            of_other[name] = judge(subject, images[name], others)
     rows = []
-    for name in ["none", *found]:
+    for name, effect in effects.items():
         row = {"intervention": name}
         if judged:
             row |= {f"{factor}_right": float(correct[name][factor].mean()) for factor in FACTORS}
             row |= {f"{factor}_of_other": float(of_other[name][factor].mean()) for factor in FACTORS}
             row["held_out_loss"] = losses[name]
-        row |= {f"change_{band}": value for band, value in zip(bands, effects.get(name, [0.0] * len(bands)))}
-        rows.append(row)
+        rows.append(row | {f"change_{band}": value for band, value in effect.items()})
+    bands = list(effects["none"])
+    changes = {name: list(effect.values()) for name, effect in effects.items() if name != "none"}
     section = Section(
-        title, [], {"effects": plots.effect_figure(effects, bands)}, {"interventions": rows}, ("interventions",)
+        title, [], {"effects": plots.effect_figure(changes, bands)}, {"interventions": rows}, ("interventions",)
     )
     section.reading.append(
         f"{subject.num_images} images from the same noise, without guidance. Numbers are the power of the change over "
         "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images."
     )
+    both_paths = {"no condition in low", "no condition in high"} <= found.keys()
     if judged:
         accuracy = subject.classifier[1]
         section.reading.append(
             "Structure and texture are read by a classifier that is right on "
             f"{accuracy['structure']:.1%} and {accuracy['texture']:.1%} of held-out real images; chance is 12.5%."
         )
-    if "gate mean" in effects and judged:
-        change = losses["gate mean"] / losses["none"] - 1
-        section.reading.append(
-            f"With the gates held at their mean over time the held-out loss changes by {change:+.2%}, with gates at "
-            f"the "
-            f"mirrored timestep by {losses['gate reversed'] / losses['none'] - 1:+.2%}: that much hangs on their "
-            f"course."
-        )
-        section.claim(
-            f"The model depends on the course of its gates: held at their mean over time, its held-out loss rises by "
-            f"more than {SMALL_CHANGE:.0%}.",
-            change > SMALL_CHANGE,
-            f"{change:+.2%}, on the same 512 images and noise",
-        )
-    if judged and "other condition in low" in found:
-        told = "; ".join(
-            f"in {path.capitalize()} alone, {of_other[name]['structure'].mean():.0%} show B's structure "
-            f"({correct[name]['structure'].mean():.0%} A's) and {of_other[name]['texture'].mean():.0%} B's texture "
-            f"({correct[name]['texture'].mean():.0%} A's)"
-            for path, name in (("low", "other condition in low"), ("high", "other condition in high"))
-        )
-        section.reading.append(f"Images of label A with another label B {told}.")
-    if judged and "no condition in high" in found and "no condition in low" in found:
-        index = dissociation(correct)
-        section.tables["dissociation"] = [
-            {"index": index.estimate, "low": index.low, "high": index.high, "standard_error": index.standard_error}
-        ]
-        section.shown += ("dissociation",)
-        shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
-        serves = division(index)
-        verdict = {
-            1: "the path called Low serves structure more than texture, compared with High",
-            -1: "the path called Low serves texture more than structure, compared with High",
-            0: "structure and texture are hardly shared out between the two paths",
-            None: "undecided, more images would tell",
-        }[serves]
-        if min(shown.values()) < LEAST_SHOWN:
-            serves, verdict = (
-                None,
-                f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
-                f"{shown['texture']:.0%} of textures, and what is not there cannot be lost",
-            )
-        _claim_division(section, subject, index, correct, serves)
-        section.reading.append(
-            f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over "
-            f"images; "
-            f"a perfect division of labour would be 0.875, as chance is right once in eight): {verdict}. It is of "
-            f"this one model."
-        )
-    if {"no condition in low", "no condition in high"} <= found.keys() and subject.pipe.num_classes > 1:
+        if "gate mean" in found:
+            _read_course(section, losses)
+        if both_paths:
+            _read_exchange(section, correct, of_other)
+            _read_division(section, subject, correct)
+    if both_paths and subject.pipe.num_classes > 1:
         section.figures["hybrids"] = hybrid_figure(subject)
         section.reading.append(
             "Hybrids: rows of the last picture have the label of A in one path and of B in the other."
         )
     return section
+
+
+def measure(subject: Subject, found: dict[str, Callable[[], AbstractContextManager]]):
+    """Of the unchanged model, "none", and under each intervention: the power of the change of the images by octave,
+    over theirs; and of the built-in data which images show the factors of their label, and of another one (`judge`),
+    and the held-out loss."""
+    plain = subject.sample()
+    bands = octave_labels(*plain.shape[-2:])
+    reference = band_power(plain, plain.mean(0)).mean((0, 1))
+    effects, correct, of_other, losses = {}, {}, {}, {}
+    for name, context in tqdm({"none": nullcontext, **found}.items(), desc="interventions", unit="run"):
+        with context():
+            images = plain if name == "none" else subject.sample()
+            if subject.world is not None:
+                losses[name] = subject.validate().loss
+        effects[name] = dict(zip(bands, (band_power(images - plain).mean((0, 1)) / reference).tolist()))
+        if subject.world is not None:
+            correct[name] = judge(subject, images, subject.labels)
+            of_other[name] = judge(subject, images, [subject.other_label(label) for label in subject.labels])
+    return effects, correct, of_other, losses
+
+
+def _read_course(section: Section, losses: dict[str, float]):
+    """What hangs on the course of the gates over time."""
+    held, mirrored = (losses[f"gate {change}"] / losses["none"] - 1 for change in ("mean", "reversed"))
+    section.reading.append(
+        f"With the gates held at their mean over time the held-out loss changes by {held:+.2%}, with gates at the "
+        f"mirrored timestep by {mirrored:+.2%}: that much hangs on their course."
+    )
+    section.claim(
+        f"The model depends on the course of its gates: held at their mean over time, its held-out loss rises by "
+        f"more than {SMALL_CHANGE:.0%}.",
+        held > SMALL_CHANGE,
+        f"{held:+.2%}, on the same 512 images and noise",
+    )
+
+
+def _read_exchange(section: Section, correct: dict, of_other: dict):
+    """Whose structure and texture images show that have the label of B in one path alone."""
+    told = "; ".join(
+        f"in {path.capitalize()} alone, {of_other[name]['structure'].mean():.0%} show B's structure "
+        f"({correct[name]['structure'].mean():.0%} A's) and {of_other[name]['texture'].mean():.0%} B's texture "
+        f"({correct[name]['texture'].mean():.0%} A's)"
+        for path, name in (("low", "other condition in low"), ("high", "other condition in high"))
+    )
+    section.reading.append(f"Images of label A with another label B {told}.")
+
+
+def _read_division(section: Section, subject: Subject, correct: dict):
+    """Whether the two paths share out structure and texture: the double dissociation index."""
+    index = dissociation(correct)
+    section.tables["dissociation"] = [
+        {"index": index.estimate, "low": index.low, "high": index.high, "standard_error": index.standard_error}
+    ]
+    section.shown += ("dissociation",)
+    shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
+    serves = division(index)
+    verdict = {
+        1: "the path called Low serves structure more than texture, compared with High",
+        -1: "the path called Low serves texture more than structure, compared with High",
+        0: "structure and texture are hardly shared out between the two paths",
+        None: "undecided, more images would tell",
+    }[serves]
+    if min(shown.values()) < LEAST_SHOWN:
+        serves = None
+        verdict = (
+            f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
+            f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
+        )
+    _claim_division(section, subject, index, correct, serves)
+    section.reading.append(
+        f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over images; a "
+        f"perfect division of labour would be 0.875, as chance is right once in eight): {verdict}. It is of this one "
+        "model."
+    )
 
 
 def judge(subject: Subject, images: torch.Tensor, labels: Sequence[int]) -> dict[str, np.ndarray]:

@@ -19,10 +19,12 @@ MOST_CLASSES = 8  # that the traces' table lists one by one
 @torch.no_grad()
 def trace_section(subject: Subject) -> Section:
     """In which order the octaves are made."""
-    mean, data, source = subject.data_spectrum or (None, None, None)
-    spaces = ["latent"] if subject.pipe.vae is None else ["latent", "pixel"]
     section = Section("The order of denoising", [], shown=("arrival",))
-    traces = {space: DenoisingTrace(space, mean=mean if space == "latent" else None) for space in spaces}
+    spectra = {"latent": subject.data_spectrum}
+    if subject.pipe.vae is not None:
+        spectra["pixel"] = subject.pixel_spectrum
+        section.shown += ("arrival_of_pixels",)
+    traces = {space: DenoisingTrace(space, mean=known[0] if known else None) for space, known in spectra.items()}
 
     count = min(subject.num_images, subject.batch_size)
     shown = [index for index in subject.diverse(6) if index < count]
@@ -40,68 +42,23 @@ def trace_section(subject: Subject) -> Section:
     except NoPredictionError as error:
         return Section(section.title, [f"Left out: {error}"])
     for space, trace in traces.items():
+        known = spectra[space]
+        name = "trace" if len(traces) == 1 else f"trace_of_{space}s"
         power = trace.predicted_power.mean((1, 2)).numpy()
-        of_data = data.numpy() if data is not None and space == "latent" else None
-        name = "trace" if len(spaces) == 1 else f"trace_of_{space}s"
-        section.figures[name] = plots.trace_figure(trace.log_snr, trace.bands, power, of_data)
+        section.figures[name] = plots.trace_figure(
+            trace.log_snr, trace.bands, power, known[1].numpy() if known else None
+        )
         section.tables[name] = trace.rows()
-        groups = {"all": slice(None)}
-        if subject.is_conditional and subject.pipe.num_classes <= MOST_CLASSES:
-            names = subject.pipe.id2label
-            for label in range(subject.pipe.num_classes):
-                groups[names.get(label, str(label))] = [i for i in range(count) if subject.labels[i] == label]
-        for group, images in groups.items():
-            if images == []:
-                continue
-            for share in SHARES:
-                row = {"space": "image" if space == "pixel" or len(spaces) == 1 else "latent", "class": group}
-                row["share"] = share
-                for band, level in zip(trace.bands, trace.arrival(share, images)):
-                    row[f"{band} cycles"] = level
-                section.tables.setdefault(f"arrival{'' if space == 'latent' else '_of_pixels'}", []).append(row)
-        what = "latent" if space == "latent" and len(spaces) > 1 else "image"
-        arrivals = [trace.arrival(share) for share in SHARES]
-        orders = [order_of(arrival) for arrival in arrivals]
-        told = "; ".join(
-            f"{share:.0%}: {order} ({', '.join(f'{level:+.1f}' for level in arrival)})"
-            for share, order, arrival in zip(SHARES, orders, arrivals)
-        )
-        section.reading.append(
-            f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
-            f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
-            "On data whose power falls with frequency any good denoiser goes from coarse to fine, whatever its "
-            "conditioning: at a given noise level only the octaves that stand out of the noise can be told."
-        )
-        section.claim(
-            f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data), by half "
-            "and by nine tenths of their power.",
-            None if UNTOLD in orders else set(orders) == {COARSE_TO_FINE},
-            f"{told}; log-SNR of {', '.join(trace.bands)} cycles",
-        )
-        if of_data is not None:
-            ratio = power[-1] / of_data
-            worst = int(np.abs(np.log(ratio)).argmax())
+        _read_arrival(section, subject, trace, count, "latent" if space == "latent" and len(traces) > 1 else "image")
+        if known:
+            _read_final_power(section, trace, power[-1] / known[1].numpy(), known[2])
+        elif space == "latent":
             section.reading.append(
-                f"At the end the octaves have {', '.join(f'{value:.2f}' for value in ratio)} times the power of the "
-                f"training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
+                "The pipeline holds no spectrum of the training data, so there is nothing to compare with."
             )
-            # x_t after a step has the noise of the next one; its power is about zero, not about the data's mean.
-            steps = torch.from_numpy(trace.timesteps[1:])
-            whole = data + band_power(mean[None].float()).mean((0, 1)).double()
-            forward = noised_power(whole, subject.alphas_cumprod, steps).numpy()
-            sampled = trace.latent_power.mean((1, 2)).numpy()[:-1]
-            section.figures["forward_process"] = plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward)
-            section.tables["forward_process"] = [
-                {"timestep": float(step), "log_snr": float(level), "band": band, "power": a, "sampled_power": b}
-                for step, level, row, own in zip(steps, trace.log_snr[1:], forward.tolist(), sampled.tolist())
-                for band, a, b in zip(trace.bands, row, own)
-            ]
-            section.reading.append(
-                "The spectrum of the noisy samples on the way is at most a factor of "
-                f"{np.exp(np.abs(np.log(sampled / forward)).max()):.2f} from that of noised training data. The nearer "
-                "to 1, the less it says of the network: noise schedule and data alone make it. So the order is read "
-                "from the predicted image."
-            )
+    if spectra["latent"]:
+        _compare_with_forward_process(section, subject, traces["latent"], *spectra["latent"][:2])
+
     steps = np.unique(np.linspace(0, len(strip) - 1, 10).round().astype(int))
     images = [subject.pipe.postprocess(strip[step], "np") for step in steps]
     section.figures["predictions"] = plots.image_grid(
@@ -110,13 +67,73 @@ def trace_section(subject: Subject) -> Section:
         [f"{traces['latent'].log_snr[step]:+.1f}" for step in steps],
         "predicted clean image, columns: log-SNR",
     )
-    if len(spaces) > 1:
-        section.shown = ("arrival", "arrival_of_pixels")
-    if data is None:
-        section.reading.append(
-            "The pipeline holds no spectrum of the training data, so there is nothing to compare with."
-        )
     return section
+
+
+def _read_arrival(section: Section, subject: Subject, trace: DenoisingTrace, count: int, what: str):
+    """At which noise levels the octaves of `what` have a share of their final power, of all images and by class."""
+    groups = {"all": range(count)}
+    if subject.is_conditional and subject.pipe.num_classes <= MOST_CLASSES:
+        for label in range(subject.pipe.num_classes):
+            name = subject.pipe.id2label.get(label, str(label))
+            groups[name] = [index for index in range(count) if subject.labels[index] == label]
+    section.tables["arrival_of_pixels" if trace.space == "pixel" else "arrival"] = [
+        {"space": what, "class": group, "share": share}
+        | {f"{band} cycles": level for band, level in zip(trace.bands, trace.arrival(share, list(images)))}
+        for group, images in groups.items()
+        if images
+        for share in SHARES
+    ]
+    arrivals = [trace.arrival(share) for share in SHARES]
+    orders = [order_of(arrival) for arrival in arrivals]
+    told = "; ".join(
+        f"{share:.0%}: {order} ({', '.join(f'{level:+.1f}' for level in arrival)})"
+        for share, order, arrival in zip(SHARES, orders, arrivals)
+    )
+    section.reading.append(
+        f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
+        f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
+        "On data whose power falls with frequency any good denoiser goes from coarse to fine, whatever its "
+        "conditioning: at a given noise level only the octaves that stand out of the noise can be told."
+    )
+    section.claim(
+        f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data), by half "
+        "and by nine tenths of their power.",
+        None if UNTOLD in orders else set(orders) == {COARSE_TO_FINE},
+        f"{told}; log-SNR of {', '.join(trace.bands)} cycles",
+    )
+
+
+def _read_final_power(section: Section, trace: DenoisingTrace, ratio: np.ndarray, source: str):
+    """Power `(bands,)` of the finished images over the data's, which is known from `source`."""
+    worst = int(np.abs(np.log(ratio)).argmax())
+    section.reading.append(
+        f"At the end the octaves have {', '.join(f'{value:.2f}' for value in ratio)} times the power of the "
+        f"training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
+    )
+
+
+def _compare_with_forward_process(
+    section: Section, subject: Subject, trace: DenoisingTrace, mean: torch.Tensor, data: torch.Tensor
+):
+    """The spectrum of the noisy samples beside that of noised data, which is known without any network."""
+    # x_t after a step has the noise of the next one; its power is about zero, not about the data's mean.
+    steps = torch.from_numpy(trace.timesteps[1:])
+    whole = data + band_power(mean[None].float()).mean((0, 1)).double()
+    forward = noised_power(whole, subject.alphas_cumprod, steps).numpy()
+    sampled = trace.latent_power.mean((1, 2)).numpy()[:-1]
+    section.figures["forward_process"] = plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward)
+    section.tables["forward_process"] = [
+        {"timestep": float(step), "log_snr": float(level), "band": band, "power": a, "sampled_power": b}
+        for step, level, row, own in zip(steps, trace.log_snr[1:], forward.tolist(), sampled.tolist())
+        for band, a, b in zip(trace.bands, row, own)
+    ]
+    section.reading.append(
+        "The spectrum of the noisy samples on the way is at most a factor of "
+        f"{np.exp(np.abs(np.log(sampled / forward)).max()):.2f} from that of noised training data. The nearer to 1, "
+        "the less it says of the network: noise schedule and data alone make it. So the order is read from the "
+        "predicted image."
+    )
 
 
 def order_of(arrival: list[float]) -> str:

@@ -20,6 +20,7 @@ from freqgate_dit.training.validation import Validation, ValidationResult
 
 
 LEAST_SHOWN = 0.5  # share of right images, from which on it is measured what becomes of them
+NUM_OF_SPECTRUM = 1024
 
 
 @dataclass
@@ -134,23 +135,28 @@ class Subject:
     def data_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
         """Mean image `(C, H, W)` and power of the octaves `(bands,)` of the training data in the model's space, and
         where they are from; of the built-in data measured, otherwise from what the pipeline keeps."""
+        if self.world is not None:
+            return measured_spectrum(self.real_images(NUM_OF_SPECTRUM, "train")[0])
         size = self.pipe.transformer.config.sample_size
         spectrum = self.pipe.scheduler.config.get("spectrum") or self.pipe.scheduler.config.get("_spectrum")
         own = self.pipe.transformer.spectrum
-        if self.world is not None:
-            statistics = SpectrumStatistics()
-            statistics.update(self.real_images(1024, "train")[0])
-            mean, power, source = statistics.mean, statistics.power, "1,024 images of the training data"
-        elif own is not None:
-            mean, power, source = own.mean.cpu().double(), own.power.cpu().double(), "the weights"
-        elif spectrum:
-            mean, power = spectral_mean(spectrum, size, size), spectral_power(spectrum, size, size)
-            source = "the scheduler's configuration, which keeps means over rings: about right"
-        else:
+        if own is not None:
+            return octave_spectrum(own.mean.cpu().double(), own.power.cpu().double(), "the weights")
+        if spectrum:
+            return octave_spectrum(
+                spectral_mean(spectrum, size, size),
+                spectral_power(spectrum, size, size),
+                "the scheduler's configuration, which keeps means over rings: about right",
+            )
+        return None
+
+    @cached_property
+    def pixel_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+        """The same of the images themselves, in [-1, 1]; `None` of other than the built-in data."""
+        if self.world is None:
             return None
-        power, bands = power.mean(0), octave_bands(size, size)
-        octaves = torch.stack([power[bands == band].mean() for band in range(int(bands.max()) + 1)])
-        return idct2(mean), octaves, source
+        images = ShapesTextures(NUM_OF_SPECTRUM, self.image_size, self.world, split="train")
+        return measured_spectrum(scaled(images.images(range(NUM_OF_SPECTRUM))))
 
     @torch.no_grad()
     def sample(self, **options) -> torch.Tensor:
@@ -194,3 +200,16 @@ class Subject:
             return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
 
         return validation.summarise(validation(denoise))
+
+
+def measured_spectrum(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str]:
+    statistics = SpectrumStatistics()
+    statistics.update(images)
+    return octave_spectrum(statistics.mean, statistics.power, f"{len(images):,} images of the training data")
+
+
+def octave_spectrum(mean: torch.Tensor, power: torch.Tensor, source: str) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """The mean image, the power per octave `(bands,)`, and `source`, of DCT coefficients `(C, H, W)`."""
+    power, bands = power.mean(0), octave_bands(*power.shape[-2:])
+    octaves = torch.stack([power[bands == band].mean() for band in range(int(bands.max()) + 1)])
+    return idct2(mean), octaves, source
