@@ -22,6 +22,7 @@ from freqgate_dit.statistics import paired_difference
 TABLES = (
     "gates/gates",
     "gates/gains",
+    "gates/spectral_gate",
     "interventions/dissociation",
     "interventions/interventions",
     "information/ceiling",
@@ -87,6 +88,16 @@ def collect(reports: list[Path]) -> dict:
     gains = tables["gates/gains"]
     if all(gains):
         result["gains"] = {name: [[row[name] for row in table] for table in gains] for name in gains[0][0]}
+    spectral = tables["gates/spectral_gate"]
+    if all(spectral):
+        rings = sorted({row["ring"] for row in spectral[0]})
+        result["spectral_gate_by_ring"] = {
+            name: [
+                over_seeds([np.mean([row[name] for row in table if row["ring"] == ring]) for table in spectral])
+                for ring in rings
+            ]
+            for name in ("half_open_shift", "slope")
+        }
     if all(tables["interventions/dissociation"]):
         result["dissociation"] = over_seeds([table[0]["index"] for table in tables["interventions/dissociation"]])
         result["dissociation"]["intervals"] = [
@@ -139,6 +150,16 @@ def print_findings(result: dict):
         by_report = zip(result["reports"], result["gates"]["correlation"])
         rows = {name: [", ".join(f"{value:+.2f}" for value in blocks)] for name, blocks in by_report}
         print_table("Correlation of each block's mean gate with log-SNR", ["blocks"], rows, "report")
+    if "spectral_gate_by_ring" in result:
+        columns = [zip(*map(text, values)) for values in result["spectral_gate_by_ring"].values()]
+        _, shifts, _, slopes = (column for both in columns for column in both)
+        rows = {str(ring): list(row) for ring, row in enumerate(zip(shifts, slopes))}
+        print_table(
+            "Learned spectral gate: half open later than Wiener's by, and its slope (Wiener's: 1)",
+            ["log-SNR", "slope"],
+            rows,
+            "ring, from the lowest frequency",
+        )
     rows = {}
     if "dissociation" in result:
         rows["double dissociation index"] = text(result["dissociation"], 3)

@@ -260,7 +260,9 @@ def test_a_learned_spectral_gate_is_read():
     assert moved[0]["half_open_shift"] == pytest.approx(half + np.log(4), abs=0.02) and moved[0]["slope"] == 1.5
 
     section = gate_section(Subject(make_pipeline(transformer), None))
+    assert "have no gates over time" in section.reading[0]
     assert "The learned spectral gate is half open later than the Wiener gate by" in section.reading[-1]
+    assert f"+0.00, +0.00, {moved[0]['half_open_shift']:+.2f}, +0.00" in section.reading[-1]  # by ring
     assert "spectral_gate" in section.figures
     with pytest.raises(ValueError, match="preconditioning None; only 'learned'"):
         spectral_gate_table(tiny_transformer("adaln_zero"))

@@ -29,16 +29,20 @@ def gate_section(subject: Subject) -> Section:
     section = block_gate_section(subject)
     preconditioner = subject.pipe.transformer.preconditioner
     if preconditioner is not None and preconditioner.kind == "learned":
+        if not section.tables:
+            section.reading = ["The blocks have no gates over time; the preconditioning has one over frequency."]
         levels, learned, wiener, rows = spectral_gate_table(subject.pipe.transformer)
         section.figures["spectral_gate"] = plots.spectral_gate_curves(levels, learned, wiener)
         section.tables["spectral_gate"] = rows
         shifts = np.array([row["half_open_shift"] for row in rows])
+        by_ring = np.nanmean(shifts.reshape(-1, learned.shape[1]), axis=0)
         slopes = np.array([row["slope"] for row in rows])
         section.reading.append(
             "The learned spectral gate is half open later than the Wiener gate by "
             f"{np.nanmean(shifts):+.2f} nats of log-SNR on average over rings and channels (from "
             f"{np.nanmin(shifts):+.2f} to {np.nanmax(shifts):+.2f}), with a slope of {slopes.mean():.2f} (Wiener's is "
-            "1). Unlike a gate of the blocks it is tied to its frequencies. For Gaussian data it would not move."
+            f"1). By ring, from the lowest frequency: {', '.join(f'{shift:+.2f}' for shift in by_ring)}. "
+            "Unlike a gate of the blocks it is tied to its frequencies. For Gaussian data it would not move."
         )
     return section
 
