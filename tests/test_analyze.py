@@ -319,6 +319,25 @@ def test_built_in_data_without_its_labels(tmp_path, capsys):
     assert "Left out: this needs labels whose factors are known" in capsys.readouterr().out
 
 
+def test_the_world_of_a_pipeline_whose_configuration_is_lost(tmp_path, capsys):
+    folder = built_in_pipeline(tmp_path / "pipeline")
+    words = ["--pipeline", str(folder), "--out", str(tmp_path / "report"), *SMALL, "--sections", "order"]
+    with pytest.raises(SystemExit, match="`world` .'add'.: this pipeline was trained on 'mod'"):
+        main([*words, "--world", "add"])
+    (folder / "training_config.yaml").write_text("dataset: my/photos\n")
+    with pytest.raises(SystemExit, match="trained on 'my/photos'"):
+        main([*words, "--world", "add"])
+    (folder / "training_config.yaml").unlink()
+    main(words)
+    assert "1,024 images of the training data" not in capsys.readouterr().out
+    main([*words, "--world", "add"])
+    assert "1,024 images of the training data" in capsys.readouterr().out
+
+    make_pipeline(tiny_transformer(num_classes=3)).save_pretrained(tmp_path / "three")
+    with pytest.raises(SystemExit, match="built-in data has 64 classes, this pipeline 3"):
+        main(["--pipeline", str(tmp_path / "three"), *SMALL, "--world", "add"])
+
+
 def test_a_sampler_that_tells_no_prediction_leaves_the_order_out(tmp_path, capsys):
     make_pipeline(tiny_transformer(in_channels=3)).save_pretrained(tmp_path / "pipeline")
     words = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "report"), *SMALL, "--sampler", "dpm"]

@@ -28,6 +28,7 @@ from freqgate_dit.devices import choose_device
 from freqgate_dit.files import write_text
 from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import write_card
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS
 from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
@@ -49,6 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--levels", type=int, default=12, help="noise levels at which they are (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default 0)")
     parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument(
+        "--world",
+        choices=WORLDS,
+        help="of the built-in data, for a pipeline whose training_config.yaml, which says it, is lost",
+    )
     parser.add_argument("--prompts", nargs="+", default=[], help="of a text-conditional pipeline, used in turn")
     parser.add_argument("--sampler", help="as for training/evaluation.py (default: the pipeline's own)")
     parser.add_argument("--cpu_threads", type=int, help="by default all cores")
@@ -56,10 +62,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def world_of(model: Model) -> str | None:
-    """World of the built-in data that the model was trained on, by the configuration beside it."""
-    config = model.summary.training_config or {}
-    return config.get("world") if config.get("dataset") == BUILT_IN else None
+def world_of(model: Model, given: str | None) -> str | None:
+    """World of the built-in data that the model was trained on, by the configuration beside it, or as `given`.
+
+    Raises:
+        ValueError: if the configuration says otherwise, or the model does not have the classes of the built-in data.
+    """
+    config = model.summary.training_config
+    if config is not None:
+        recorded = config.get("world") if config.get("dataset") == BUILT_IN else None
+        if given not in (None, recorded):
+            data = config.get("dataset") if recorded is None else recorded
+            raise ValueError(f"`world` ({given!r}): this pipeline was trained on {data!r}; leave `world` out.")
+        return recorded
+    classes, has = len(STRUCTURES) * len(TEXTURES), model.pipe.num_classes
+    if given is not None and has != classes:
+        raise ValueError(f"`world` ({given!r}): the built-in data has {classes} classes, this pipeline {has}.")
+    return given
 
 
 def name_of(model: Model) -> str:
@@ -117,7 +136,7 @@ def run(given: argparse.Namespace):
     use_all_cores(given.cpu_threads)
     model = load_model(given.pipeline, given.sampler, "auto", choose_device())
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
-    subject = Subject(model.pipe, world_of(model), *sizes, prompts=given.prompts)
+    subject = Subject(model.pipe, world_of(model, given.world), *sizes, prompts=given.prompts)
     scheduler = {"class": type(model.pipe.scheduler).__name__, **scheduler_arguments(model.pipe.scheduler)}
     sections = []
     with tqdm(given.sections, desc="report", unit="section") as progress:

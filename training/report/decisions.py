@@ -18,7 +18,7 @@ def decision_section(subject: Subject) -> Section:
             [
                 "Left out: this needs labels whose factors are known, those of the built-in data (`dataset: "
                 "shapes_textures`), and this pipeline was trained on other data, or lacks the training_config.yaml "
-                "that would say so."
+                "that would say so (`--world` does too)."
             ],
         )
     classifier = subject.classifier[0]
