@@ -333,7 +333,7 @@ def test_the_world_of_a_pipeline_whose_configuration_is_lost(tmp_path, capsys):
     main([*words, "--world", "add"])
     assert "1,024 images of the training data" in capsys.readouterr().out
 
-    make_pipeline(tiny_transformer(num_classes=3)).save_pretrained(tmp_path / "three")
+    make_pipeline(tiny_transformer(num_classes=3, in_channels=3)).save_pretrained(tmp_path / "three")
     with pytest.raises(SystemExit, match="built-in data has 64 classes, this pipeline 3"):
         main(["--pipeline", str(tmp_path / "three"), *SMALL, "--world", "add"])
 
