@@ -39,7 +39,7 @@ def measure(run: Path, classifier, options: argparse.Namespace, weights: str, dt
     start = time.perf_counter()
     found = {
         name: score(classifier, sample(pipe, labels, scale, steps=options.steps), labels)
-        for name, scale in (("unguided", 1.0), (guided(options), options.guidance_scale))
+        for name, scale in scales(options).items()
     }
     found["sampling_seconds"] = round(time.perf_counter() - start, 1)
     trained = read_run(run, weights, evaluated=False)
@@ -50,8 +50,9 @@ def measure(run: Path, classifier, options: argparse.Namespace, weights: str, dt
     return found
 
 
-def guided(options: argparse.Namespace) -> str:
-    return f"guidance {options.guidance_scale:g}"
+def scales(options: argparse.Namespace) -> dict[str, float]:
+    guided = {f"guidance {options.guidance_scale:g}": options.guidance_scale} if options.guidance_scale != 1 else {}
+    return {"unguided": 1.0, **guided}
 
 
 def unguided(runs: dict[int, dict]) -> np.ndarray:
@@ -65,7 +66,7 @@ def main():
         "--comparison", type=Path, required=True, help="folder of training/compare.py, with its report"
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1: unguided alone")
     parser.add_argument("--images_per_class", type=int, default=8)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the sampler (default: the demo's {STEPS})")
     parser.add_argument("--arms", nargs="+", help="some of the arms and the baseline (default: all)")
@@ -118,14 +119,13 @@ def main():
     rows = []
     for arm, runs in arms.items():
         row = [arm, f"{np.mean([run['held_out_error'] for run in runs.values()]):.4f}"]
-        for kind in ("unguided", guided(options)):
+        for kind in scales(options):
             row += [f"{100 * np.mean([run[kind][factor] for run in runs.values()]):.1f}" for factor in FACTORS]
         difference = result["arms"][arm]["difference_of_unguided_points"]
         row += [f"{difference['mean']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]"]
         row += [f"{np.median([run['training_seconds'] for run in runs.values()]):.0f}"]
         rows.append(tuple(row))
-    head = ("arm", "held-out error", *(f"{factor} %" for factor in FACTORS))
-    head += tuple(f"{factor}, {guided(options)} %" for factor in FACTORS)
+    head = ("arm", "held-out error", *(f"{factor}, {kind} %" for kind in scales(options) for factor in FACTORS))
     print(table(rows, (*head, "unguided, difference", "training, s")))
     print(f"wrote {options.out}")
 

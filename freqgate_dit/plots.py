@@ -524,17 +524,18 @@ def decided_worlds(worlds: dict[str, dict]):
 
 def information_figure(
     model: Sequence[dict] | None,
+    by_factor: Sequence[dict],
     data: tuple[Sequence[float], dict[str, np.ndarray], dict[str, float]] | None,
 ):
     """Information about the label over the noise level: what images hold, and what a model's predictions use of it.
 
     Args:
         model: rows with "log_snr" and the density in each octave, as "1-2 cycles".
+        by_factor: rows with "log_snr" and the density by factor; empty if not known.
         data: log-SNR `(K,)`; factor -> `(K,)` nats; factor -> level at which it has half of them.
     """
-    figure, panels = new_figure(
-        5.2 * ((model is not None) + (data is not None)), 3.8, columns=2 if model and data else 1
-    )
+    count = (model is not None) + bool(by_factor) + (data is not None)
+    figure, panels = new_figure(5.2 * count, 3.8, columns=count)
     panels = list(np.atleast_1d(panels))
     if data is not None:
         axes = panels.pop(0)
@@ -544,15 +545,18 @@ def information_figure(
             axes.axvline(half[factor], color=PALETTE[index], ls="--", lw=1)
         axes.set(title="In the noisy image (dashed: half of it)", ylabel="known of the factor (nats)")
         axes.legend(frameon=False, fontsize=9)
-    if model is not None:
+    densities = {"Used of one factor, the other known": by_factor, "Used of the label, by octave": model or []}
+    for title, rows in densities.items():
+        if not rows:
+            continue
         axes = panels.pop(0)
-        rows = sorted(model, key=lambda row: row["log_snr"])
-        names = [name for name in rows[0] if name.endswith("cycles")]
+        rows = sorted(rows, key=lambda row: row["log_snr"])
+        names = [name for name in rows[0] if name not in ("log_snr", "density")]
         for index, name in enumerate(names):
             colour = PALETTE[index % len(PALETTE)]
             axes.plot([row["log_snr"] for row in rows], [row[name] for row in rows], color=colour, lw=1.5, label=name)
         axes.axhline(0, color="0.4", lw=0.8, ls="--")
-        axes.set(title="Used by the model's predictions", ylabel="nats per nat of log-SNR")
+        axes.set(title=title, ylabel="nats per nat of log-SNR")
         axes.legend(frameon=False, fontsize=8)
     for axes in figure.axes:
         axes.set_xlabel("log-SNR (left noise, right clean)")

@@ -50,8 +50,9 @@ def quick_classifier(monkeypatch):
     """The real classifiers, of one batch."""
     monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
     monkeypatch.setattr(information, "TEST_IMAGES", 32)
-    inform = subject_module.factor_information
-    monkeypatch.setattr(subject_module, "factor_information", lambda *a: inform(*a, num_images=128, num_levels=3))
+    inform, read_noise = subject_module.factor_information, subject_module.train_noise_classifier
+    monkeypatch.setattr(subject_module, "factor_information", lambda *a: inform(*a, num_levels=3))
+    monkeypatch.setattr(subject_module, "train_noise_classifier", lambda *a: read_noise(*a, num_images=128))
     train = subject_module.train_factor_classifier
     monkeypatch.setattr(subject_module, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
 

@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch
 from components import make_pipeline, tiny_transformer, tiny_vae_tiny
+from diffusers import DDPMScheduler
 
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import log_snr
 from freqgate_dit.training import information
-from freqgate_dit.training.information import factor_information, half_level, noised
+from freqgate_dit.training.information import (
+    factor_information,
+    half_level,
+    noised,
+    train_noise_classifier,
+    without_factor,
+)
+from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.report import Subject, information_section
-from freqgate_dit.training.report.information import _read_ceiling, information_density
+from freqgate_dit.training.report.information import _read_ceiling, half_of_use, information_density
+from freqgate_dit.training.validation import Validation
 
 
 def test_noised_images_have_the_level():
@@ -41,13 +50,59 @@ def test_what_a_factor_has_is_known_of_clear_images_and_nothing_of_noise(monkeyp
     monkeypatch.setattr(information, "LOG_SNR_RANGE", (5.0, 9.0))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    levels, nats = factor_information("add", 32, num_images=2560, num_levels=3)
+    classifier = train_noise_classifier("add", 32, num_images=2560)
+    levels, nats = factor_information(classifier, "add", 32, num_levels=3)
     assert torch.equal(torch.get_rng_state(), before)
     assert levels.tolist() == [5, 7, 9] and all(values.max() <= math.log(8) for values in nats.values())
     assert nats["structure"][-1] > 0.7
     monkeypatch.setattr(information, "LOG_SNR_RANGE", (-30.0, -20.0))
-    _, nats = factor_information("add", 32, num_images=256, num_levels=3)
+    _, nats = factor_information(train_noise_classifier("add", 32, num_images=256), "add", 32, num_levels=3)
     assert all(values.max() < 0.1 for values in nats.values())
+
+
+class TestWithoutAFactor:
+    """Images A_s + B_t of orthogonal patterns, whose ideal denoiser and classifier are known."""
+
+    shape, strength = (3, 16, 16), 3.0
+    scheduler = DDPMScheduler()
+
+    def clean(self, labels):
+        images = torch.zeros(len(labels), 768)
+        for offset, values in zip((0, 8), (labels // 8, labels % 8)):
+            images[torch.arange(len(labels)), offset + values] = self.strength
+        return images.view(-1, *self.shape)
+
+    def denoise(self, noisy, timesteps, labels):
+        alpha = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return (noisy - alpha.sqrt() * self.clean(labels)) / (1 - alpha).sqrt()
+
+    def classifier(self, noisy):
+        flat = noisy.flatten(1)
+        variance = flat[:, 16:].square().mean(1, keepdim=True)  # of the pixels that no pattern has
+        scale = self.strength * (1 - variance).clamp(min=0).sqrt() / variance
+        return scale * flat[:, :8], scale * flat[:, 8:16]
+
+    @pytest.mark.parametrize("factor", ["structure", "texture"])
+    def test_the_use_of_an_ideal_denoiser_is_the_entropy(self, factor):
+        torch.manual_seed(0)
+        labels = torch.randint(64, (2048,))
+        data = CachedLatents(self.clean(labels)[:, None], None, labels)
+        validation = Validation(data, self.scheduler, len(labels), 512, null_label=64, num_bins=20)
+        result = validation.summarise(validation(self.denoise, without_factor(self.denoise, self.classifier, factor)))
+        assert result.information_se < 0.15
+        assert abs(result.information - math.log(8)) < 3 * result.information_se
+
+    def test_it_is_the_mean_over_the_values_and_knows_the_other_factor_alone(self):
+        torch.manual_seed(0)
+        noisy, timesteps = torch.randn(5, *self.shape), torch.full((5,), 500)
+        labels = torch.tensor([0, 9, 18, 27, 63])
+        undecided = without_factor(self.denoise, lambda noisy: (torch.zeros(5, 8), torch.zeros(5, 8)), "structure")
+        found = undecided(noisy, timesteps, labels)
+        values = [self.denoise(noisy, timesteps, 8 * value + labels % 8) for value in range(8)]
+        assert torch.allclose(found, torch.stack(values).mean(0), atol=1e-6)
+        assert torch.equal(found, undecided(noisy, timesteps, labels % 8))
+        certain = without_factor(self.denoise, lambda noisy: (None, 1e4 * torch.eye(8)[labels % 8]), "texture")
+        assert torch.allclose(certain(noisy, timesteps, labels), self.denoise(noisy, timesteps, labels), atol=1e-6)
 
 
 class TestDensity:
@@ -70,11 +125,24 @@ class TestDensity:
             bands = sum(value for name, value in row.items() if name.endswith("cycles"))
             assert bands == pytest.approx(row["density"])
 
+    def test_half_of_the_use_lies_below_its_level(self, subject):
+        result = subject.validate(num_bins=5, with_null=True)
+        limits = log_snr(subject.alphas_cumprod, torch.linspace(0, 999, 6).round()).flip(0)
+        table = torch.zeros_like(result.information_table)
+        table[2, 1], table[3, 0] = 1.0, 1.0  # spans from clean to noise
+        level = half_of_use(replace(result, information_table=table), subject.alphas_cumprod)
+        assert level == pytest.approx(limits[2].item())
+        assert math.isnan(half_of_use(replace(result, information_table=-table), subject.alphas_cumprod))
+
     def test_the_ceiling_is_what_the_labels_have(self, subject, monkeypatch):
         monkeypatch.setattr(information, "TEST_IMAGES", 32)
-        monkeypatch.setattr(factor_information, "__defaults__", (128, 4, 0))
+        monkeypatch.setattr(factor_information, "__defaults__", (4, 0))
+        monkeypatch.setattr(train_noise_classifier, "__defaults__", (128, 0))
         section = information_section(subject)
-        [ceiling] = section.tables["ceiling"]
+        ceiling, structure, texture = section.tables["ceiling"]
+        assert structure["entropy"] == texture["entropy"] == math.log(8)
+        assert f"{structure['nats']:.2f} [" in section.reading[1] and "of structure" in section.claims[1]["evidence"]
+        assert len(section.tables["information_of_the_model_by_factor"]) == 20
         assert ceiling["entropy"] == pytest.approx(math.log(64), abs=0.1)
         assert ("possible for an ideal denoiser" in section.reading[0]) == (
             abs(ceiling["nats"] - ceiling["entropy"] / 2) <= ceiling["entropy"] / 2 + 2 * ceiling["standard_error"]

@@ -208,11 +208,13 @@ class Validation:
             )
 
     @torch.no_grad()
-    def __call__(self, denoise: Callable) -> dict[str, torch.Tensor]:
+    def __call__(self, denoise: Callable, without: Callable | None = None) -> dict[str, torch.Tensor]:
         """Sums over this process's images, to be summed over processes and given to `summarise`.
 
         Args:
             denoise: `(noisy (B, C, H, W), timesteps (B,), labels (B,) or None) -> prediction (B, C, H, W)`.
+            without: in place of the null condition, for a model that has `null_label`: as `denoise`, but does not use
+                what is asked about.
 
         Returns:
             "count" `(bins,)`, "energy" and "epsilon_energy" `(bins, bands)`; and with a null condition "null_energy"
@@ -230,7 +232,9 @@ class Validation:
             totals["epsilon_energy"] += members @ (self.noise_error_weights[timesteps, None] * energy)
             if self.null_label is not None:
                 null_labels = torch.full_like(labels, self.null_label)
-                null_energy = self._band_energy(denoise(noisy, timesteps, null_labels), target)
+                inputs = (noisy, timesteps)
+                null = without(*inputs, labels) if without is not None else denoise(*inputs, null_labels)
+                null_energy = self._band_energy(null, target)
                 information = self.information_weights[timesteps, None] * (null_energy - energy)
                 totals["null_energy"] += members @ null_energy
                 totals["information"] += members @ information

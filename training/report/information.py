@@ -1,12 +1,19 @@
 """At which noise level the condition can say anything, and whether the model's use of it is plausible."""
 
+import math
+
 import torch
 
 from freqgate_dit import plots
-from freqgate_dit.traces import span_levels
+from freqgate_dit.shapes_textures import STRUCTURES
+from freqgate_dit.traces import last_crossing, span_levels
+from freqgate_dit.training.decisions import FACTORS
 from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import Subject
 from freqgate_dit.training.validation import ValidationResult
+
+
+MOST_USE = 1.2  # of what there is to know, for an estimate of it to be trusted
 
 
 def information_section(subject: Subject) -> Section:
@@ -18,15 +25,12 @@ def information_section(subject: Subject) -> Section:
         )
         return Section(title, [reading])
     section = Section(title, [])
-    curve, factor_curves, half = None, {}, {}
+    curve, by_factor, factor_curves, half = None, [], {}, {}
     if subject.has_null_condition:
         result = subject.validate(num_bins=20, with_null=True)
         curve = information_density(result, subject.alphas_cumprod)
         section.tables["information_of_the_model"] = curve
-        section.tables["ceiling"] = [
-            {"nats": result.information, "standard_error": result.information_se, "entropy": result.label_entropy}
-        ]
-        section.shown += ("ceiling",)
+        section.tables["ceiling"] = [ceiling_row("label", result, result.label_entropy)]
         section.reading.append(_read_ceiling(result))
         low, high = information_interval(result)
         inside = 0 <= low and high <= result.label_entropy
@@ -36,6 +40,7 @@ def information_section(subject: Subject) -> Section:
             f"{result.information:.2f} [{low:.2f}, {high:.2f}] of {result.label_entropy:.2f} nats",
         )
     if subject.pipe.vae is None:
+        by_factor = _read_factors(section, subject)
         levels, factor_curves, half = subject.data_information
         section.tables["information_of_the_data"] = [
             {"log_snr": float(level), **{name: float(nats[i]) for name, nats in factor_curves.items()}}
@@ -59,11 +64,62 @@ def information_section(subject: Subject) -> Section:
             "When the data itself tells structure and texture is left out: the classifier reads noisy images, and "
             "this model's noise is on latents."
         )
+    if section.tables.get("ceiling"):
+        section.shown += ("ceiling",)
     if curve or factor_curves:
         section.figures["information"] = plots.information_figure(
-            curve, (levels, factor_curves, half) if factor_curves else None
+            curve, by_factor, (levels, factor_curves, half) if factor_curves else None
         )
     return section
+
+
+def _read_factors(section: Section, subject: Subject) -> list[dict]:
+    """What the model's predictions use of one factor when the other is known, by log-SNR."""
+    entropy = math.log(len(STRUCTURES))
+    results = {factor: subject.validate(num_bins=20, factor=factor) for factor in FACTORS}
+    densities = {name: information_density(result, subject.alphas_cumprod) for name, result in results.items()}
+    rows = [
+        {"log_snr": spans[0]["log_snr"]} | {name: span["density"] for name, span in zip(FACTORS, spans)}
+        for spans in zip(*densities.values())
+    ]
+    section.tables["information_of_the_model_by_factor"] = rows
+    section.tables.setdefault("ceiling", []).extend(
+        ceiling_row(f"{name}, other factor known", result, entropy) for name, result in results.items()
+    )
+    intervals = {name: information_interval(result) for name, result in results.items()}
+    told = {
+        name: f"{results[name].information:.2f} [{low:.2f}, {high:.2f}] nats of {name}"
+        for name, (low, high) in intervals.items()
+    }
+    half = {name: half_of_use(result, subject.alphas_cumprod) for name, result in results.items()}
+    section.reading.append(
+        f"Of one factor, the other being known, the predictions use {' and '.join(told.values())}, of {entropy:.2f} "
+        "each. What they would be without it is their mean over its values, weighted by a classifier of noisy images, "
+        "so no null condition is trusted. From noise to clean, half of that use is over at a log-SNR of "
+        f"{half['structure']:+.1f} for structure and {half['texture']:+.1f} for texture."
+    )
+    possible = [
+        False if high < 0 or low > MOST_USE * entropy else True if low > 0 and high < MOST_USE * entropy else None
+        for low, high in intervals.values()
+    ]
+    section.claim(
+        f"Of each factor the predictions use something, and at most {MOST_USE:g} times what there is to know (1 for "
+        "an ideal denoiser).",
+        False if False in possible else None if None in possible else True,
+        f"{', '.join(told.values())}; of {entropy:.2f} each",
+    )
+    return rows
+
+
+def ceiling_row(name: str, result: ValidationResult, entropy: float) -> dict:
+    return {"of": name, "nats": result.information, "standard_error": result.information_se, "entropy": entropy}
+
+
+def half_of_use(result: ValidationResult, alphas_cumprod: torch.Tensor) -> float:
+    """Log-SNR below which half of `information` lies, linear within a span; NaN if it is not positive."""
+    levels = span_levels(alphas_cumprod, len(result.num_images)).flip(0)
+    known = torch.cat([torch.zeros(1), result.information_table.sum(1).flip(0).cumsum(0)])  # from noise to clean
+    return last_crossing(levels.numpy(), (known / known[-1]).numpy(), 0.5) if known[-1] > 0 else math.nan
 
 
 def information_density(result: ValidationResult, alphas_cumprod: torch.Tensor) -> list[dict]:

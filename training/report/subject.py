@@ -14,7 +14,12 @@ from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands
 from freqgate_dit.training.factor_classifier import scaled, train_factor_classifier
-from freqgate_dit.training.information import factor_information, half_level
+from freqgate_dit.training.information import (
+    factor_information,
+    half_level,
+    train_noise_classifier,
+    without_factor,
+)
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation, ValidationResult
 
@@ -117,9 +122,14 @@ class Subject:
         return self.real_images(512, "validation")
 
     @cached_property
+    def noise_classifier(self):
+        """Reads the built-in data's factors off noisy images."""
+        return train_noise_classifier(self.world, self.image_size)
+
+    @cached_property
     def data_information(self) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
         """What a classifier of noisy images knows, `factor_information`, and the level of half of it by factor."""
-        levels, curves = factor_information(self.world, self.image_size)
+        levels, curves = factor_information(self.noise_classifier, self.world, self.image_size)
         return levels, curves, {name: half_level(levels, nats) for name, nats in curves.items()}
 
     @property
@@ -183,15 +193,18 @@ class Subject:
         fixed = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale, "output_type": "pt"}
         return {**fixed, **options}
 
-    def validate(self, num_bins: int = 10, with_null: bool = False) -> ValidationResult:
+    def validate(self, num_bins: int = 10, with_null: bool = False, factor: str | None = None) -> ValidationResult:
         """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too; where
-        asked, without the condition too."""
+        asked, without the condition too, or without a `factor` of it (`without_factor`), then under four draws of
+        noise."""
         pipe, device = self.pipe, self.pipe.device
         config = pipe.scheduler.config
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
         scheduler = DDPMScheduler(**{name: config[name] for name in names})
         images, labels = self.held_out
-        null_label = pipe.num_classes if with_null else None
+        if factor:  # a difference of errors, far noisier than an error
+            images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
+        null_label = pipe.num_classes if with_null or factor else None
         data = CachedLatents(images[:, None], None, labels)
         validation = Validation(data, scheduler, len(images), 128, null_label=null_label, num_bins=num_bins)
 
@@ -199,7 +212,8 @@ class Subject:
             inputs = noisy.to(device, pipe.transformer.dtype), timesteps.to(device)
             return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
 
-        return validation.summarise(validation(denoise))
+        without = without_factor(denoise, self.noise_classifier, factor) if factor else None
+        return validation.summarise(validation(denoise, without))
 
 
 def measured_spectrum(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str]:
