@@ -103,9 +103,16 @@ def collect(reports: list[Path]) -> dict:
         result["dissociation"]["intervals"] = [
             [table[0]["low"], table[0]["high"]] for table in tables["interventions/dissociation"]
         ]
-    if all(tables["information/ceiling"]):
-        over = [table[0]["nats"] / table[0]["entropy"] for table in tables["information/ceiling"]]
-        result["information_over_entropy"] = over_seeds(over)
+    ceilings = tables["information/ceiling"]
+    if all(ceilings):
+        result["information_over_entropy"] = {
+            rows[0]["of"]: over_seeds([row["nats"] / row["entropy"] for row in rows]) for rows in zip(*ceilings)
+        }
+        result["half_of_the_use_at"] = {
+            rows[0]["of"]: over_seeds([row["half_at_log_snr"] for row in rows])
+            for rows in zip(*ceilings)
+            if None not in [row["half_at_log_snr"] for row in rows]
+        }
     levels = tables["decisions/levels"]
     if all(levels):
         result["levels"] = {
@@ -163,8 +170,10 @@ def print_findings(result: dict):
     rows = {}
     if "dissociation" in result:
         rows["double dissociation index"] = text(result["dissociation"], 3)
-    if "information_over_entropy" in result:
-        rows["information used over the label's entropy"] = text(result["information_over_entropy"])
+    for name, values in result.get("information_over_entropy", {}).items():
+        rows[f"information used of {name}, over its entropy"] = text(values)
+    for name, values in result.get("half_of_the_use_at", {}).items():
+        rows[f"half of the use of {name} over at log-SNR"] = text(values)
     for kind, levels in result.get("levels", {}).items():
         rows |= {f"{kind}: {name}": text(values) for name, values in levels.items()}
     for name, values in result.get("loss_change_percent", {}).items():

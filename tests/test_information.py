@@ -143,6 +143,7 @@ class TestDensity:
         assert structure["entropy"] == texture["entropy"] == math.log(8)
         assert f"{structure['nats']:.2f} [" in section.reading[1] and "of structure" in section.claims[1]["evidence"]
         assert len(section.tables["information_of_the_model_by_factor"]) == 20
+        assert structure["of"] == "structure, the other factor known" and ceiling["of"] == "label"
         assert ceiling["entropy"] == pytest.approx(math.log(64), abs=0.1)
         assert ("possible for an ideal denoiser" in section.reading[0]) == (
             abs(ceiling["nats"] - ceiling["entropy"] / 2) <= ceiling["entropy"] / 2 + 2 * ceiling["standard_error"]

@@ -30,7 +30,7 @@ def information_section(subject: Subject) -> Section:
         result = subject.validate(num_bins=20, with_null=True)
         curve = information_density(result, subject.alphas_cumprod)
         section.tables["information_of_the_model"] = curve
-        section.tables["ceiling"] = [ceiling_row("label", result, result.label_entropy)]
+        section.tables["ceiling"] = [use_row("label", result, subject, result.label_entropy)]
         section.reading.append(_read_ceiling(result))
         low, high = information_interval(result)
         inside = 0 <= low and high <= result.label_entropy
@@ -84,7 +84,7 @@ def _read_factors(section: Section, subject: Subject) -> list[dict]:
     ]
     section.tables["information_of_the_model_by_factor"] = rows
     section.tables.setdefault("ceiling", []).extend(
-        ceiling_row(f"{name}, other factor known", result, entropy) for name, result in results.items()
+        use_row(f"{name}, the other factor known", result, subject, entropy) for name, result in results.items()
     )
     intervals = {name: information_interval(result) for name, result in results.items()}
     told = {
@@ -111,8 +111,16 @@ def _read_factors(section: Section, subject: Subject) -> list[dict]:
     return rows
 
 
-def ceiling_row(name: str, result: ValidationResult, entropy: float) -> dict:
-    return {"of": name, "nats": result.information, "standard_error": result.information_se, "entropy": entropy}
+def use_row(name: str, result: ValidationResult, subject: Subject, entropy: float) -> dict:
+    """What the predictions use of a condition of which there are `entropy` nats to know, and when half of that."""
+    half = half_of_use(result, subject.alphas_cumprod)
+    return {
+        "of": name,
+        "nats": result.information,
+        "standard_error": result.information_se,
+        "entropy": entropy,
+        "half_at_log_snr": half if math.isfinite(half) else None,
+    }
 
 
 def half_of_use(result: ValidationResult, alphas_cumprod: torch.Tensor) -> float:
