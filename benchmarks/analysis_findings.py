@@ -93,7 +93,7 @@ def collect(reports: list[Path]) -> dict:
         rings = sorted({row["ring"] for row in spectral[0]})
         result["spectral_gate_by_ring"] = {
             name: [
-                over_seeds([np.mean([row[name] for row in table if row["ring"] == ring]) for table in spectral])
+                over_seeds([np.nanmean([row[name] for row in table if row["ring"] == ring]) for table in spectral])
                 for ring in rings
             ]
             for name in ("half_open_shift", "slope")
@@ -105,14 +105,18 @@ def collect(reports: list[Path]) -> dict:
         ]
     ceilings = tables["information/ceiling"]
     if all(ceilings):
+        uses = [{row.get("of"): row for row in table} for table in ceilings]
+        for report, found in zip(reports, uses):
+            if found.keys() != uses[0].keys() or None in found:
+                raise SystemExit(
+                    f"`reports` has {report.name}, whose section `information` is of another version, or of a model "
+                    "with another condition: make that section of all again."
+                )
         result["information_over_entropy"] = {
-            rows[0]["of"]: over_seeds([row["nats"] / row["entropy"] for row in rows]) for rows in zip(*ceilings)
+            of: over_seeds([found[of]["nats"] / found[of]["entropy"] for found in uses]) for of in uses[0]
         }
-        result["half_of_the_use_at"] = {
-            rows[0]["of"]: over_seeds([row["half_at_log_snr"] for row in rows])
-            for rows in zip(*ceilings)
-            if None not in [row["half_at_log_snr"] for row in rows]
-        }
+        halves = {of: [found[of]["half_at_log_snr"] for found in uses] for of in uses[0]}
+        result["half_of_the_use_at"] = {of: over_seeds(found) for of, found in halves.items() if None not in found}
     levels = tables["decisions/levels"]
     if all(levels):
         result["levels"] = {
@@ -158,9 +162,9 @@ def print_findings(result: dict):
         rows = {name: [", ".join(f"{value:+.2f}" for value in blocks)] for name, blocks in by_report}
         print_table("Correlation of each block's mean gate with log-SNR", ["blocks"], rows, "report")
     if "spectral_gate_by_ring" in result:
-        columns = [zip(*map(text, values)) for values in result["spectral_gate_by_ring"].values()]
-        _, shifts, _, slopes = (column for both in columns for column in both)
-        rows = {str(ring): list(row) for ring, row in enumerate(zip(shifts, slopes))}
+        of_rings = result["spectral_gate_by_ring"]
+        pairs = zip(of_rings["half_open_shift"], of_rings["slope"])
+        rows = {str(ring): [text(shift)[1], text(slope)[1]] for ring, (shift, slope) in enumerate(pairs)}
         print_table(
             "Learned spectral gate: half open later than Wiener's by, and its slope (Wiener's: 1)",
             ["log-SNR", "slope"],

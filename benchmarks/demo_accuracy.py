@@ -19,7 +19,7 @@ from output import write_result
 
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
-from freqgate_dit.files import read_json
+from freqgate_dit.files import digest, read_json
 from freqgate_dit.model_card import table
 from freqgate_dit.statistics import paired_difference
 from freqgate_dit.training.config import load_yaml
@@ -29,7 +29,6 @@ from freqgate_dit.training.factor_classifier import train_factor_classifier
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.paired import read_run
-from freqgate_dit.training.report.page import digest
 
 
 def measure(run: Path, classifier, options: argparse.Namespace, weights: str, dtype: torch.dtype) -> dict:

@@ -1,11 +1,17 @@
 """Files and folders that are there whole or not at all, whenever the process dies."""
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+
+
+def digest(*parts) -> str:
+    """SHA-256 in hexadecimal of what JSON can hold; of other values, of their text."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from test_decisions import ROWS, deciding_pipeline, read
 
 from freqgate_dit.analysis import gate_statistics, spectral_gate_table, wiener_gain
-from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
 from freqgate_dit.statistics import Bootstrap
 from freqgate_dit.training import factor_classifier, information
 from freqgate_dit.training.analyze import main
@@ -50,9 +50,7 @@ def quick_classifier(monkeypatch):
     """The real classifiers, of one batch."""
     monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
     monkeypatch.setattr(information, "TEST_IMAGES", 32)
-    inform, read_noise = subject_module.factor_information, subject_module.train_noise_classifier
-    monkeypatch.setattr(subject_module, "factor_information", lambda *a: inform(*a, num_levels=3))
-    monkeypatch.setattr(subject_module, "train_noise_classifier", lambda *a: read_noise(*a, num_images=128))
+    monkeypatch.setattr(information, "NUM_IMAGES", 128)
     train = subject_module.train_factor_classifier
     monkeypatch.setattr(subject_module, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
 
@@ -117,6 +115,18 @@ def test_a_report_of_a_latent_model_without_gates(tmp_path, capsys):
     assert [row["share"] for row in arrival] == [0.5, 0.9] * 4
     effects = json.loads((tmp_path / "report/sections/interventions/interventions.json").read_text())
     assert [row["intervention"] for row in effects] == ["none", "no condition"]
+
+
+def test_decoded_images_of_the_built_in_data_are_compared_with_its_own(tmp_path):
+    transformer = tiny_transformer("adaln_zero", num_classes=64, sample_size=16)
+    subject = Subject(make_pipeline(transformer, vae=tiny_vae_tiny()), "mod", num_images=4, steps=4)
+    mean, power, source = subject.pixel_spectrum
+    images = ShapesTextures(1024, 32, "mod", split="train").images(range(1024)).float() / 127.5 - 1
+    assert torch.allclose(mean.float(), images.mean(0), atol=1e-4)
+    assert power.shape == (5,) and source == "1,024 images of the training data"
+    reading = trace_section(subject).reading
+    for what in ("latent", "image"):
+        assert sum(f"At the end the octaves of the {what} have" in paragraph for paragraph in reading) == 1
 
 
 def test_a_report_of_an_unconditional_model(tmp_path, capsys):

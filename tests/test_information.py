@@ -21,7 +21,7 @@ from freqgate_dit.training.information import (
 )
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.report import Subject, information_section
-from freqgate_dit.training.report.information import _read_ceiling, half_of_use, information_density
+from freqgate_dit.training.report.information import _read_ceiling, half_of_use, information_density, is_possible
 from freqgate_dit.training.validation import Validation
 
 
@@ -61,34 +61,50 @@ def test_what_a_factor_has_is_known_of_clear_images_and_nothing_of_noise(monkeyp
 
 
 class TestWithoutAFactor:
-    """Images A_s + B_t of orthogonal patterns, whose ideal denoiser and classifier are known."""
+    """Images of patterns whose ideal denoiser and classifier are known.
+
+    Independent: A_s + B_t, all orthogonal. Dependent: t chooses among patterns of s alone, so that p(t | x) and
+    p(t | x, s) differ.
+    """
 
     shape, strength = (3, 16, 16), 3.0
     scheduler = DDPMScheduler()
 
-    def clean(self, labels):
-        images = torch.zeros(len(labels), 768)
-        for offset, values in zip((0, 8), (labels // 8, labels % 8)):
-            images[torch.arange(len(labels)), offset + values] = self.strength
-        return images.view(-1, *self.shape)
+    def patterns(self, dependent):
+        """Of all labels: `(64, 768)`; nothing from the 128th pixel on."""
+        structures, textures = torch.arange(64) // 8, torch.arange(64) % 8
+        images = torch.zeros(64, 768)
+        images[torch.arange(64), structures] = self.strength
+        images[torch.arange(64), 64 + (torch.arange(64) if dependent else textures)] = self.strength
+        return images
 
-    def denoise(self, noisy, timesteps, labels):
-        alpha = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return (noisy - alpha.sqrt() * self.clean(labels)) / (1 - alpha).sqrt()
+    def denoiser(self, patterns):
+        def denoise(noisy, timesteps, labels):
+            alpha = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            return (noisy - alpha.sqrt() * patterns[labels].view(-1, *self.shape)) / (1 - alpha).sqrt()
 
-    def classifier(self, noisy):
-        flat = noisy.flatten(1)
-        variance = flat[:, 16:].square().mean(1, keepdim=True)  # of the pixels that no pattern has
-        scale = self.strength * (1 - variance).clamp(min=0).sqrt() / variance
-        return scale * flat[:, :8], scale * flat[:, 8:16]
+        return denoise
+
+    def classifier(self, patterns):
+        def log_probabilities(noisy):
+            flat = noisy.flatten(1)
+            variance = flat[:, 128:].square().mean(1, keepdim=True)  # of the pixels that no pattern has
+            scale = (1 - variance).clamp(min=0).sqrt() / variance
+            logits = scale * (flat @ patterns.T) - 0.5 * scale**2 * variance * patterns.square().sum(1)
+            return logits.log_softmax(1).view(-1, 8, 8)
+
+        return log_probabilities
 
     @pytest.mark.parametrize("factor", ["structure", "texture"])
-    def test_the_use_of_an_ideal_denoiser_is_the_entropy(self, factor):
+    @pytest.mark.parametrize("dependent", [False, True])
+    def test_the_use_of_an_ideal_denoiser_is_the_entropy(self, factor, dependent):
         torch.manual_seed(0)
-        labels = torch.randint(64, (2048,))
-        data = CachedLatents(self.clean(labels)[:, None], None, labels)
-        validation = Validation(data, self.scheduler, len(labels), 512, null_label=64, num_bins=20)
-        result = validation.summarise(validation(self.denoise, without_factor(self.denoise, self.classifier, factor)))
+        labels, patterns = torch.randint(64, (2048,)), self.patterns(dependent)
+        data = CachedLatents(patterns[labels].view(-1, 1, *self.shape), None, labels)
+        validation = Validation(data, self.scheduler, len(labels), 512, num_bins=20)
+        denoise = self.denoiser(patterns)
+        without = without_factor(denoise, self.classifier(patterns), factor)
+        result = validation.summarise(validation(denoise, without))
         assert result.information_se < 0.15
         assert abs(result.information - math.log(8)) < 3 * result.information_se
 
@@ -96,13 +112,22 @@ class TestWithoutAFactor:
         torch.manual_seed(0)
         noisy, timesteps = torch.randn(5, *self.shape), torch.full((5,), 500)
         labels = torch.tensor([0, 9, 18, 27, 63])
-        undecided = without_factor(self.denoise, lambda noisy: (torch.zeros(5, 8), torch.zeros(5, 8)), "structure")
+        denoise = self.denoiser(self.patterns(dependent=True))
+        undecided = without_factor(denoise, lambda noisy: torch.zeros(5, 8, 8), "structure")
         found = undecided(noisy, timesteps, labels)
-        values = [self.denoise(noisy, timesteps, 8 * value + labels % 8) for value in range(8)]
+        values = [denoise(noisy, timesteps, 8 * value + labels % 8) for value in range(8)]
         assert torch.allclose(found, torch.stack(values).mean(0), atol=1e-6)
         assert torch.equal(found, undecided(noisy, timesteps, labels % 8))
-        certain = without_factor(self.denoise, lambda noisy: (None, 1e4 * torch.eye(8)[labels % 8]), "texture")
-        assert torch.allclose(certain(noisy, timesteps, labels), self.denoise(noisy, timesteps, labels), atol=1e-6)
+        certain = 1e4 * torch.nn.functional.one_hot(labels, 64).view(5, 8, 8).float()
+        told = without_factor(denoise, lambda noisy: certain, "texture")
+        assert torch.allclose(told(noisy, timesteps, labels), denoise(noisy, timesteps, labels), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "low, high, possible", [(1.8, 2.2, True), (1.8, 3.0, None), (-0.1, 2.0, None), (2.6, 3.0, False), (-2, -1, False)]
+)
+def test_what_use_of_a_factor_is_possible(low, high, possible):
+    assert is_possible(low, high, math.log(8)) is possible
 
 
 class TestDensity:
@@ -136,19 +161,22 @@ class TestDensity:
 
     def test_the_ceiling_is_what_the_labels_have(self, subject, monkeypatch):
         monkeypatch.setattr(information, "TEST_IMAGES", 32)
-        monkeypatch.setattr(factor_information, "__defaults__", (4, 0))
-        monkeypatch.setattr(train_noise_classifier, "__defaults__", (128, 0))
+        monkeypatch.setattr(information, "NUM_IMAGES", 128)
         section = information_section(subject)
         ceiling, structure, texture = section.tables["ceiling"]
         assert structure["entropy"] == texture["entropy"] == math.log(8)
         assert f"{structure['nats']:.2f} [" in section.reading[1] and "of structure" in section.claims[1]["evidence"]
         assert len(section.tables["information_of_the_model_by_factor"]) == 20
+        for use in (ceiling, structure, texture):
+            spread = 2 * use["standard_error"]
+            told = is_possible(use["nats"] - spread, use["nats"] + spread, use["entropy"])
+            assert (use["half_at_log_snr"] is not None) == bool(told)
         assert structure["of"] == "structure, the other factor known" and ceiling["of"] == "label"
         assert ceiling["entropy"] == pytest.approx(math.log(64), abs=0.1)
         assert ("possible for an ideal denoiser" in section.reading[0]) == (
             abs(ceiling["nats"] - ceiling["entropy"] / 2) <= ceiling["entropy"] / 2 + 2 * ceiling["standard_error"]
         )
-        assert set(section.figures) == {"information"} and len(section.tables["information_of_the_data"]) == 4
+        assert set(section.figures) == {"information"} and len(section.tables["information_of_the_data"]) == 25
 
     @pytest.mark.parametrize(
         "nats, verdict",

@@ -25,7 +25,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit import __version__
 from freqgate_dit.devices import choose_device
-from freqgate_dit.files import write_text
+from freqgate_dit.files import digest, write_text
 from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import write_card
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS
@@ -33,7 +33,7 @@ from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.report import SECTIONS, Subject
-from freqgate_dit.training.report.page import FORMAT, Section, digest, keep_section, render_page
+from freqgate_dit.training.report.page import FORMAT, Section, keep_section, render_page
 
 
 LEAST = {"images": 2, "steps": 3, "pairs": 2, "levels": 3, "batch_size": 1, "seed": 0}
@@ -76,8 +76,11 @@ def world_of(model: Model, given: str | None) -> str | None:
             raise ValueError(f"`world` ({given!r}): this pipeline was trained on {data!r}; leave `world` out.")
         return recorded
     classes, has = len(STRUCTURES) * len(TEXTURES), model.pipe.num_classes
-    if given is not None and has != classes:
-        raise ValueError(f"`world` ({given!r}): the built-in data has {classes} classes, this pipeline {has}.")
+    if given is not None and has not in (None, classes):
+        raise ValueError(
+            f"`world` ({given!r}): the built-in data has {classes} classes, this pipeline {has}, so it was trained on "
+            "other data; leave `world` out."
+        )
     return given
 
 

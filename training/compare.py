@@ -39,7 +39,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 import freqgate_dit
 from freqgate_dit.devices import accelerators, available_cores
-from freqgate_dit.files import read_json, read_json_lines, write_text
+from freqgate_dit.files import digest, read_json, read_json_lines, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.training.checkpoints import checkpoint_folders
 from freqgate_dit.training.config import TrainingRun, parse_config
@@ -47,7 +47,6 @@ from freqgate_dit.training.evaluation import check_arguments, make_parser
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest, size_cells
 from freqgate_dit.training.paired import read_run, summarise, write_report
-from freqgate_dit.training.report.page import digest
 
 
 # With others, held-out errors are not of the same thing.

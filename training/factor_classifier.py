@@ -42,11 +42,12 @@ class FactorClassifier(nn.Module):
         )
         self.texture_head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(TEXTURES)))
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor, with_features: bool = False) -> tuple[torch.Tensor, ...]:
         """Logits of both factors.
 
         Args:
             images: Floating point (B, 3, H, W) in [-1, 1]; another size than 32 x 32 is resized with antialiasing.
+            with_features: Also return what the heads see, (B, 128, 8, 8).
 
         Returns:
             Structure logits and texture logits, (B, 8) each, in the order of `STRUCTURES` and `TEXTURES`.
@@ -62,7 +63,8 @@ class FactorClassifier(nn.Module):
         if images.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             images = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
         features = self.features(images)
-        return self.structure_head(features), self.texture_head(features)
+        logits = self.structure_head(features), self.texture_head(features)
+        return (*logits, features) if with_features else logits
 
 
 def train_factor_classifier(
@@ -141,16 +143,20 @@ def _convolution(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn
 
 
 def fit_factor_classifier(
-    classifier: FactorClassifier,
+    classifier: nn.Module,
     data: ShapesTextures,
     progress: bool,
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    loss: Callable | None = None,
 ) -> None:
     """Train in one pass over `data`, with the global random state; leaves the classifier in evaluation mode.
 
     Args:
+        classifier: a `FactorClassifier`, or what `loss` is for.
         augment: of images `(B, 3, H, W)` in [-1, 1]; by default some blur and noise, as half-trained models make them.
+        loss: of `(output, structures (B,), textures (B,))`; by default the cross-entropies of both factors.
     """
+    loss = loss or _cross_entropies
     augment = augment or _augmented
     steps = len(data) // BATCH_SIZE
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)
@@ -161,15 +167,18 @@ def fit_factor_classifier(
         structures, textures = factors_of(data.labels(batch))
         images = augment(scaled(data.images(batch)))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
-            structure_logits, texture_logits = classifier(images)
-            loss = F.cross_entropy(structure_logits, structures) + F.cross_entropy(texture_logits, textures)
+            value = loss(classifier(images), structures, textures)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
         schedule.step()
         if progress and (step + 1) % max(1, steps // 10) == 0:
-            print(f"step {step + 1}/{steps}: loss {loss.item():.4f}", flush=True)
+            print(f"step {step + 1}/{steps}: loss {value.item():.4f}", flush=True)
     classifier.eval()
+
+
+def _cross_entropies(logits: tuple, structures: torch.Tensor, textures: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[0], structures) + F.cross_entropy(logits[1], textures)
 
 
 def _augmented(images: torch.Tensor) -> torch.Tensor:
@@ -188,6 +197,11 @@ def scaled(images: torch.Tensor) -> torch.Tensor:
 def factors_of(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Structure and texture of labels of the built-in data."""
     return labels // len(TEXTURES), labels % len(TEXTURES)
+
+
+def label_of(structures: torch.Tensor, textures: torch.Tensor) -> torch.Tensor:
+    """The inverse of `factors_of`."""
+    return structures * len(TEXTURES) + textures
 
 
 def main() -> None:

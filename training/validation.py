@@ -81,7 +81,7 @@ class ValidationResult:
         epsilon_loss, epsilon_loss_by_timestep, epsilon_loss_by_band, epsilon_table: the same of the noise that the
             predictions imply, which compares models of different prediction types.
         null_loss, null_loss_by_timestep, null_loss_by_band, null_table: the same as `loss` on the same noisy inputs
-            without their label.
+            without their label, or without the part of it that was asked about.
         information: estimate J of the information about the condition that the predictions use, in nats (see this
             module). Not clipped: an optimal model has J at most `label_entropy`; more means that the null
             condition is predicted worse than it could be, less than 0 that the label does harm.
@@ -213,14 +213,19 @@ class Validation:
 
         Args:
             denoise: `(noisy (B, C, H, W), timesteps (B,), labels (B,) or None) -> prediction (B, C, H, W)`.
-            without: in place of the null condition, for a model that has `null_label`: as `denoise`, but does not use
-                what is asked about.
+            without: as `denoise`, but not using a part of the labels; its errors take the place of those under the
+                null condition, with or without `null_label`.
 
         Returns:
             "count" `(bins,)`, "energy" and "epsilon_energy" `(bins, bands)`; and with a null condition "null_energy"
             and "information" `(bins, bands)`, "information_square" `(bins,)`. On the data's device.
         """
-        totals = self._zeros()
+        totals = self._zeros(self.null_label is not None or without is not None)
+        if without is None and self.null_label is not None:
+
+            def without(noisy, timesteps, labels):
+                return denoise(noisy, timesteps, torch.full_like(labels, self.null_label))
+
         for sample, labels, noise, timesteps in self.batches:
             noisy = self.scheduler.add_noise(sample, noise, timesteps)
             target = prediction_target(self.scheduler, sample, noise, timesteps)
@@ -230,11 +235,8 @@ class Validation:
             totals["count"] += members.sum(dim=1)
             totals["energy"] += members @ energy
             totals["epsilon_energy"] += members @ (self.noise_error_weights[timesteps, None] * energy)
-            if self.null_label is not None:
-                null_labels = torch.full_like(labels, self.null_label)
-                inputs = (noisy, timesteps)
-                null = without(*inputs, labels) if without is not None else denoise(*inputs, null_labels)
-                null_energy = self._band_energy(null, target)
+            if without is not None:
+                null_energy = self._band_energy(without(noisy, timesteps, labels), target)
                 information = self.information_weights[timesteps, None] * (null_energy - energy)
                 totals["null_energy"] += members @ null_energy
                 totals["information"] += members @ information
@@ -248,7 +250,7 @@ class Validation:
         coefficients = self.shape[0] * self.band_members.sum(dim=0).double().cpu()
         values = _means("", totals["energy"], count, coefficients)
         values |= _means("epsilon_", totals["epsilon_energy"], count, coefficients)
-        if self.null_label is not None:
+        if "null_energy" in totals:
             values |= _means("null_", totals["null_energy"], count, coefficients)
             values |= _information(totals["information"], totals["information_square"], count)
         return ValidationResult(
@@ -260,10 +262,10 @@ class Validation:
             **values,
         )
 
-    def _zeros(self) -> dict[str, torch.Tensor]:
+    def _zeros(self, twice: bool) -> dict[str, torch.Tensor]:
         bins, bands = self.num_bins, len(self.band_names)
         shapes = {"count": (bins,), "energy": (bins, bands), "epsilon_energy": (bins, bands)}
-        if self.null_label is not None:
+        if twice:
             shapes |= {"null_energy": (bins, bands), "information": (bins, bands), "information_square": (bins,)}
         return {name: torch.zeros(shape, dtype=self.dtype, device=self.device) for name, shape in shapes.items()}
 

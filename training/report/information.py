@@ -21,7 +21,8 @@ def information_section(subject: Subject) -> Section:
     title = "What the condition can say, and when"
     if subject.world is None:
         reading = (
-            "Left out: held-out images of the training data are needed, and only the built-in data can be made anew."
+            "Left out: held-out images of the training data are needed, and only the built-in data can be made anew "
+            "(`--world` names it where the training_config.yaml is lost)."
         )
         return Section(title, [reading])
     section = Section(title, [])
@@ -83,43 +84,48 @@ def _read_factors(section: Section, subject: Subject) -> list[dict]:
         for spans in zip(*densities.values())
     ]
     section.tables["information_of_the_model_by_factor"] = rows
-    section.tables.setdefault("ceiling", []).extend(
-        use_row(f"{name}, the other factor known", result, subject, entropy) for name, result in results.items()
-    )
-    intervals = {name: information_interval(result) for name, result in results.items()}
-    told = {
-        name: f"{results[name].information:.2f} [{low:.2f}, {high:.2f}] nats of {name}"
-        for name, (low, high) in intervals.items()
-    }
-    half = {name: half_of_use(result, subject.alphas_cumprod) for name, result in results.items()}
+    uses = [use_row(f"{name}, the other factor known", results[name], subject, entropy) for name in FACTORS]
+    section.tables.setdefault("ceiling", []).extend(uses)
+    told, halves, possible = [], [], []
+    for name, use in zip(FACTORS, uses):
+        low, high = information_interval(results[name])
+        told.append(f"{use['nats']:.2f} [{low:.2f}, {high:.2f}] nats of {name}")
+        possible.append(is_possible(low, high, entropy))
+        if possible[-1]:
+            halves.append(f"{use['half_at_log_snr']:+.1f} for {name}")
     section.reading.append(
-        f"Of one factor, the other being known, the predictions use {' and '.join(told.values())}, of {entropy:.2f} "
-        "each. What they would be without it is their mean over its values, weighted by a classifier of noisy images, "
-        "so no null condition is trusted. From noise to clean, half of that use is over at a log-SNR of "
-        f"{half['structure']:+.1f} for structure and {half['texture']:+.1f} for texture."
+        f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, 2,048 "
+        f"images), of {entropy:.2f} each. What they would be without it is their mean over its values, weighted by a "
+        "classifier of noisy images in place of the null condition; where that knows less than there is, the use "
+        "comes out too large. "
+        + (f"From noise to clean, half of it is over at a log-SNR of {' and '.join(halves)}." if halves else "")
     )
-    possible = [
-        False if high < 0 or low > MOST_USE * entropy else True if low > 0 and high < MOST_USE * entropy else None
-        for low, high in intervals.values()
-    ]
     section.claim(
         f"Of each factor the predictions use something, and at most {MOST_USE:g} times what there is to know (1 for "
         "an ideal denoiser).",
         False if False in possible else None if None in possible else True,
-        f"{', '.join(told.values())}; of {entropy:.2f} each",
+        f"{', '.join(told)}; of {entropy:.2f} each",
     )
     return rows
 
 
+def is_possible(low: float, high: float, entropy: float) -> bool | None:
+    """Whether a use between `low` and `high` is more than nothing and about as much as there is to know, at most."""
+    if high < 0 or low > MOST_USE * entropy:
+        return False
+    return True if 0 < low and high < MOST_USE * entropy else None
+
+
 def use_row(name: str, result: ValidationResult, subject: Subject, entropy: float) -> dict:
-    """What the predictions use of a condition of which there are `entropy` nats to know, and when half of that."""
-    half = half_of_use(result, subject.alphas_cumprod)
+    """What the predictions use of a condition of which there are `entropy` nats to know, and when half of that; `None`
+    where the use is none that could be."""
+    possible = is_possible(*information_interval(result), entropy)
     return {
         "of": name,
         "nats": result.information,
         "standard_error": result.information_se,
         "entropy": entropy,
-        "half_at_log_snr": half if math.isfinite(half) else None,
+        "half_at_log_snr": half_of_use(result, subject.alphas_cumprod) if possible else None,
     }
 
 

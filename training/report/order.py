@@ -49,9 +49,10 @@ def trace_section(subject: Subject) -> Section:
             trace.log_snr, trace.bands, power, known[1].numpy() if known else None
         )
         section.tables[name] = trace.rows()
-        _read_arrival(section, subject, trace, count, "latent" if space == "latent" and len(traces) > 1 else "image")
+        what = "latent" if space == "latent" and len(traces) > 1 else "image"
+        _read_arrival(section, subject, trace, count, what)
         if known:
-            _read_final_power(section, trace, power[-1] / known[1].numpy(), known[2])
+            _read_final_power(section, trace, power[-1] / known[1].numpy(), known[2], what)
         elif space == "latent":
             section.reading.append(
                 "The pipeline holds no spectrum of the training data, so there is nothing to compare with."
@@ -104,12 +105,12 @@ def _read_arrival(section: Section, subject: Subject, trace: DenoisingTrace, cou
     )
 
 
-def _read_final_power(section: Section, trace: DenoisingTrace, ratio: np.ndarray, source: str):
-    """Power `(bands,)` of the finished images over the data's, which is known from `source`."""
+def _read_final_power(section: Section, trace: DenoisingTrace, ratio: np.ndarray, source: str, what: str):
+    """Power `(bands,)` of the finished `what` over the data's, which is known from `source`."""
     worst = int(np.abs(np.log(ratio)).argmax())
     section.reading.append(
-        f"At the end the octaves have {', '.join(f'{value:.2f}' for value in ratio)} times the power of the "
-        f"training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
+        f"At the end the octaves of the {what} have {', '.join(f'{value:.2f}' for value in ratio)} times the power of "
+        f"the training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
     )
 
 

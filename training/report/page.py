@@ -4,7 +4,6 @@ A page has its figures inside and asks for nothing from a network.
 """
 
 import base64
-import hashlib
 import html
 import json
 import shutil
@@ -42,10 +41,6 @@ class Section:
         """Add a claim: supported, not supported, or, for `None`, undecided."""
         verdict = "undecided" if is_so is None else "supported" if is_so else "not supported"
         self.claims.append({"claim": claim, "verdict": verdict, "evidence": evidence})
-
-
-def digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[Section, bool]:

@@ -194,17 +194,19 @@ class Subject:
         return {**fixed, **options}
 
     def validate(self, num_bins: int = 10, with_null: bool = False, factor: str | None = None) -> ValidationResult:
-        """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too; where
-        asked, without the condition too, or without a `factor` of it (`without_factor`), then under four draws of
-        noise."""
+        """Held-out error of the model's own prediction on 512 images of its world, always the same, noise too.
+
+        Args:
+            with_null: also under the null condition.
+            factor: instead, of 2,048 images, also without this factor of the labels (`without_factor`).
+        """
         pipe, device = self.pipe, self.pipe.device
         config = pipe.scheduler.config
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
         scheduler = DDPMScheduler(**{name: config[name] for name in names})
-        images, labels = self.held_out
-        if factor:  # a difference of errors, far noisier than an error
-            images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
-        null_label = pipe.num_classes if with_null or factor else None
+        # A difference of errors is far noisier than an error.
+        images, labels = self.real_images(2048, "validation") if factor else self.held_out
+        null_label = pipe.num_classes if with_null and not factor else None
         data = CachedLatents(images[:, None], None, labels)
         validation = Validation(data, scheduler, len(images), 128, null_label=null_label, num_bins=num_bins)
 
