@@ -91,7 +91,7 @@ def _read_factors(section: Section, subject: Subject) -> list[dict]:
         low, high = information_interval(results[name])
         told.append(f"{use['nats']:.2f} [{low:.2f}, {high:.2f}] nats of {name}")
         possible.append(is_possible(low, high, entropy))
-        if possible[-1]:
+        if use["half_at_log_snr"] is not None:
             halves.append(f"{use['half_at_log_snr']:+.1f} for {name}")
     section.reading.append(
         f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, 2,048 "
@@ -118,22 +118,22 @@ def is_possible(low: float, high: float, entropy: float) -> bool | None:
 
 def use_row(name: str, result: ValidationResult, subject: Subject, entropy: float) -> dict:
     """What the predictions use of a condition of which there are `entropy` nats to know, and when half of that; `None`
-    where the use is none that could be."""
+    where there cannot be such a use."""
     possible = is_possible(*information_interval(result), entropy)
     return {
         "of": name,
         "nats": result.information,
         "standard_error": result.information_se,
         "entropy": entropy,
-        "half_at_log_snr": half_of_use(result, subject.alphas_cumprod) if possible else None,
+        "half_at_log_snr": half_of_use(result, subject.alphas_cumprod) if possible is not False else None,
     }
 
 
-def half_of_use(result: ValidationResult, alphas_cumprod: torch.Tensor) -> float:
-    """Log-SNR below which half of `information` lies, linear within a span; NaN if it is not positive."""
+def half_of_use(result: ValidationResult, alphas_cumprod: torch.Tensor) -> float | None:
+    """Log-SNR below which half of `information` lies, linear within a span; `None` if it is not positive."""
     levels = span_levels(alphas_cumprod, len(result.num_images)).flip(0)
     known = torch.cat([torch.zeros(1), result.information_table.sum(1).flip(0).cumsum(0)])  # from noise to clean
-    return last_crossing(levels.numpy(), (known / known[-1]).numpy(), 0.5) if known[-1] > 0 else math.nan
+    return last_crossing(levels.numpy(), (known / known[-1]).numpy(), 0.5) if known[-1] > 0 else None
 
 
 def information_density(result: ValidationResult, alphas_cumprod: torch.Tensor) -> list[dict]:
