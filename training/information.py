@@ -9,6 +9,7 @@ x_l has no use for a label. (For diffusion: arXiv 2506.10433.)
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -25,6 +26,7 @@ from freqgate_dit import plots
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS, ShapesTextures
 from freqgate_dit.training.decisions import FACTORS
 from freqgate_dit.training.factor_classifier import (
+    BATCH_SIZE,
     FactorClassifier,
     factors_of,
     fit_factor_classifier,
@@ -83,10 +85,17 @@ def train_noise_classifier(
     """
     train = ShapesTextures(num_images or NUM_IMAGES, image_size, world, split="train", seed=seed)
 
+    steps = itertools.count()
+
     def at_random_level(images: torch.Tensor) -> torch.Tensor:
-        low, high = (torch.tensor(limits) for limits in zip(DECIDED_RANGE, TRAINED_RANGE))
-        part = (torch.rand(len(images)) < 0.25).long()
-        return noised(images, low[part].lerp(high[part], torch.rand(len(images))))
+        """Three quarters in `DECIDED_RANGE`, whose noisy end is reached when half of the images have been seen: the
+        textures are learnt from clear images first."""
+        progress = min(1.0, 2 * next(steps) * BATCH_SIZE / len(train))
+        low, high = progress * DECIDED_RANGE[0], DECIDED_RANGE[1]
+        decided = low + (high - low) * torch.rand(len(images))
+        low, high = TRAINED_RANGE
+        anywhere = low + (high - low) * torch.rand(len(images))
+        return noised(images, torch.where(torch.rand(len(images)) < 0.25, anywhere, decided))
 
     def loss(log_probability: torch.Tensor, structures: torch.Tensor, textures: torch.Tensor) -> torch.Tensor:
         return -log_probability[torch.arange(len(structures)), structures, textures].mean()
