@@ -233,6 +233,5 @@ def hybrid_figure(subject: Subject, count: int = 6):
         "A, B in High": images(ours, labels_in_path(transformer, "high", other)),
         "B": images(others, nullcontext()),
     }
-    b_names = [str(pipe.id2label.get(label, label)) for label in others]
-    names = [f"{subject.name_of(index)}\nB: {name}" for index, name in zip(shown, b_names)]
+    names = [f"{subject.name_of(index)}\nB: {subject.class_name(label)}" for index, label in zip(shown, others)]
     return plots.image_grid(list(rows.values()), list(rows), names, "columns: label A, label B")

@@ -88,7 +88,10 @@ class Subject:
             return textwrap.fill(textwrap.shorten(self.prompts[index % len(self.prompts)], 60), 20)
         if not self.is_conditional:
             return str(index)
-        label = index % self.pipe.num_classes
+        return self.class_name(index % self.pipe.num_classes)
+
+    def class_name(self, label: int) -> str:
+        """In lines."""
         return str(self.pipe.id2label.get(label, label)).replace(" ", "\n")
 
     def other_label(self, labels):
