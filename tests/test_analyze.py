@@ -301,7 +301,9 @@ def test_a_section_is_made_anew_for_another_key(tmp_path):
         damage()
         section, is_new = keep_section(folder, "b", make)
         assert is_new and section.tables == {"t": [{"x": 1, "y": 0.5}]} and (folder / "t.parquet").is_file()
+    section.tables["t"].append({"x": 2, "y": None})
     page = render_page("T", ["fact"], [section])
+    assert "<td>-</td>" in page
     assert "Title &lt;1&gt;" in page and "a &amp; b" in page and "<td>0.5</td>" in page
 
 

@@ -144,4 +144,6 @@ def _table(rows: list[dict], style: str = "numbers") -> str:
 
 
 def _cell(value) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
