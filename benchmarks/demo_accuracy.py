@@ -21,10 +21,11 @@ from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.files import digest, read_json
 from freqgate_dit.model_card import table
+from freqgate_dit.shapes_textures import NUM_CLASSES
 from freqgate_dit.statistics import paired_difference
 from freqgate_dit.training.config import load_yaml
 from freqgate_dit.training.decisions import FACTORS
-from freqgate_dit.training.demo import NUM_CLASSES, STEPS, sample, score
+from freqgate_dit.training.demo import STEPS, sample, score
 from freqgate_dit.training.factor_classifier import train_factor_classifier
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.hardware import use_all_cores

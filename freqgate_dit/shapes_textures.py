@@ -101,6 +101,7 @@ _WORLDS = {
     "flat": replace(_ADD, whitened=True),
 }
 WORLDS: tuple[str, ...] = tuple(_WORLDS)
+NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
 
 
 class Components(NamedTuple):
@@ -233,10 +234,9 @@ def _generator(key: np.ndarray, index: int, purpose: int) -> np.random.Generator
 
 
 def _labels(key: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    num_classes = len(STRUCTURES) * len(TEXTURES)
-    blocks, inverse = np.unique(indices // num_classes, return_inverse=True)
-    orders = np.stack([_generator(key, block, purpose=1).permutation(num_classes) for block in blocks])
-    return orders[inverse, indices % num_classes]
+    blocks, inverse = np.unique(indices // NUM_CLASSES, return_inverse=True)
+    orders = np.stack([_generator(key, block, purpose=1).permutation(NUM_CLASSES) for block in blocks])
+    return orders[inverse, indices % NUM_CLASSES]
 
 
 def _draw(key: np.ndarray, indices: np.ndarray, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

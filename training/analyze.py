@@ -28,7 +28,7 @@ from freqgate_dit.devices import choose_device
 from freqgate_dit.files import digest, write_text
 from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import write_card
-from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS
+from freqgate_dit.shapes_textures import NUM_CLASSES, WORLDS
 from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
@@ -75,11 +75,11 @@ def world_of(model: Model, given: str | None) -> str | None:
             data = config.get("dataset") if recorded is None else recorded
             raise ValueError(f"`world` ({given!r}): this pipeline was trained on {data!r}; leave `world` out.")
         return recorded
-    classes, has = len(STRUCTURES) * len(TEXTURES), model.pipe.num_classes
-    if given is not None and has not in (None, classes):
+    has = model.pipe.num_classes
+    if given is not None and has not in (None, NUM_CLASSES):
         raise ValueError(
-            f"`world` ({given!r}): the built-in data has {classes} classes, this pipeline {has}, so it was trained on "
-            "other data; leave `world` out."
+            f"`world` ({given!r}): the built-in data has {NUM_CLASSES} classes, this pipeline {has}, so it was "
+            "trained on other data; leave `world` out."
         )
     return given
 

@@ -15,10 +15,10 @@ import torch
 from tqdm.auto import tqdm
 
 from freqgate_dit.interventions import labels_from
-from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
+from freqgate_dit.shapes_textures import NUM_CLASSES, STRUCTURES, TEXTURES
 from freqgate_dit.statistics import Bootstrap, bootstrap
 from freqgate_dit.traces import log_snr
-from freqgate_dit.training.factor_classifier import factors_of
+from freqgate_dit.training.factor_classifier import factors_of, label_of
 
 
 FACTORS = ("structure", "texture")
@@ -119,7 +119,7 @@ def label_pairs(num_pairs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
         return first, (first + torch.randint(1, count, (num_pairs,), generator=generator)) % count
 
     (structure, other_structure), (texture, other_texture) = draw(len(STRUCTURES)), draw(len(TEXTURES))
-    return structure * len(TEXTURES) + texture, other_structure * len(TEXTURES) + other_texture
+    return label_of(structure, texture), label_of(other_structure, other_texture)
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def swap_labels(
     Raises:
         ValueError: for a pipeline that knows other classes, too few steps, or an unknown kind.
     """
-    classes = len(STRUCTURES) * len(TEXTURES)
+    classes = NUM_CLASSES
     if pipe.num_classes != classes:
         raise ValueError(
             f"the pipeline has {pipe.num_classes} classes; labels are exchanged with one of the {classes} classes of "

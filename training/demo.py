@@ -27,13 +27,12 @@ from freqgate_dit.devices import choose_dtype
 from freqgate_dit.evaluations import Evaluation, add_evaluation
 from freqgate_dit.model_card import write_card
 from freqgate_dit.samplers import describe_sampler
-from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
+from freqgate_dit.shapes_textures import NUM_CLASSES, STRUCTURES, TEXTURES
 from freqgate_dit.training.config import load_yaml
 from freqgate_dit.training.factor_classifier import factor_accuracy, train_factor_classifier
 from freqgate_dit.training.hardware import use_all_cores
 
 
-NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
 STEPS = 20
 REAL = "held-out real images"
 

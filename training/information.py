@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
-from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS, ShapesTextures
+from freqgate_dit.shapes_textures import NUM_CLASSES, STRUCTURES, TEXTURES, WORLDS, ShapesTextures
 from freqgate_dit.training.decisions import FACTORS
 from freqgate_dit.training.factor_classifier import (
     BATCH_SIZE,
@@ -53,7 +53,7 @@ class NoiseClassifier(nn.Module):
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
             nn.Dropout(0.1),
-            nn.Linear(128 * 16, len(STRUCTURES) * len(TEXTURES)),
+            nn.Linear(128 * 16, NUM_CLASSES),
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

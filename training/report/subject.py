@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
-from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
+from freqgate_dit.shapes_textures import NUM_CLASSES, TEXTURES, ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands
 from freqgate_dit.training.factor_classifier import scaled, train_factor_classifier
 from freqgate_dit.training.information import (
@@ -56,7 +56,7 @@ class Subject:
     def __post_init__(self):
         if self.pipe.is_text_conditional and not self.prompts:
             raise ValueError("`prompts` is empty, and this pipeline is conditioned on text: give some.")
-        if self.pipe.num_classes != len(STRUCTURES) * len(TEXTURES):
+        if self.pipe.num_classes != NUM_CLASSES:
             self.world = None  # images of the world, but no labels that say what they should show
 
     @property
