@@ -14,7 +14,7 @@ from test_decisions import ROWS, deciding_pipeline, read
 from freqgate_dit.analysis import gate_statistics, spectral_gate_table, wiener_gain
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
 from freqgate_dit.statistics import Bootstrap
-from freqgate_dit.training import factor_classifier, information
+from freqgate_dit.training import factor_classifier, information, judges
 from freqgate_dit.training.analyze import main
 from freqgate_dit.training.decisions import LabelSwaps
 from freqgate_dit.training.report import (
@@ -25,7 +25,6 @@ from freqgate_dit.training.report import (
     intervention_section,
     trace_section,
 )
-from freqgate_dit.training.report import subject as subject_module
 from freqgate_dit.training.report.interventions import dissociation
 from freqgate_dit.training.report.order import order_of
 from freqgate_dit.training.report.page import Section, keep_section, render_page
@@ -46,18 +45,19 @@ def built_in_pipeline(folder, variant="freq_gate", **options):
 
 
 @pytest.fixture
-def quick_classifier(monkeypatch):
-    """The real classifiers, of one batch."""
+def quick_judges(monkeypatch, tmp_path):
+    """The real judges, of one batch; the words that have the report keep them where no other test finds them."""
     monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
     monkeypatch.setattr(information, "TEST_IMAGES", 32)
     monkeypatch.setattr(information, "NUM_IMAGES", 128)
-    train = subject_module.train_factor_classifier
-    monkeypatch.setattr(subject_module, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
+    train = judges.train_factor_classifier
+    monkeypatch.setattr(judges, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
+    return ["--cache_dir", str(tmp_path / "judges_cache")]
 
 
-def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
+def test_a_report_of_a_gated_model(tmp_path, capsys, quick_judges):
     folder, out = built_in_pipeline(tmp_path / "pipeline"), tmp_path / "report"
-    words = ["--pipeline", str(folder), "--out", str(out), *SMALL]
+    words = ["--pipeline", str(folder), "--out", str(out), *SMALL, *quick_judges]
     main(words)
     page = (out / "report.html").read_text()
     printed = capsys.readouterr()
@@ -92,6 +92,10 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_classifier):
     )
 
     # Nothing changed: nothing is measured. Another seed: all of it. A section alone: the others stay as files.
+    sections = {path.parent.name: json.loads(path.read_text()) for path in out.glob("sections/*/section.json")}
+    seconds = sum(section["seconds"] for section in sections.values())
+    assert len(sections) == 5 and all(section["seconds"] > 0 for section in sections.values())
+    assert f"Measured in {seconds:.0f} s." in page
     before = (out / "sections/order/section.json").stat().st_mtime_ns
     main(words)
     assert capsys.readouterr().out.count("unchanged, kept") == 5
@@ -165,7 +169,7 @@ def test_a_model_that_knows_its_data_has_the_spectrum_of_noised_data():
     assert max(row["power"] for row in rows) > 10 and "forward_process" in section.figures
 
 
-def test_a_band_gate_is_read(tmp_path, quick_classifier):
+def test_a_band_gate_is_read():
     pipe = make_pipeline(tiny_transformer("band_gate", in_channels=3, sample_size=32, patch_size=4))
     subject = Subject(pipe, None, num_images=3, steps=3)
     section = intervention_section(subject)
@@ -181,7 +185,7 @@ def test_a_band_gate_is_read(tmp_path, quick_classifier):
     assert len(tables["gains_by_class"]) == 3 * 5 * len(gains) and all(row["class_std_dB"] > 0 for row in gains)
 
 
-def test_band_gate_without_band_gates_has_none_to_read(quick_classifier):
+def test_band_gate_without_band_gates_has_none_to_read():
     options = {"in_channels": 3, "sample_size": 32, "patch_size": 4, "band_branches": "none"}
     subject = Subject(make_pipeline(tiny_transformer("band_gate", **options)), None, num_images=3, steps=3)
     section = intervention_section(subject)

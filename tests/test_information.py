@@ -132,12 +132,12 @@ def test_what_use_of_a_factor_is_possible(low, high, possible):
 
 class TestDensity:
     @pytest.fixture
-    def subject(self):
+    def subject(self, tmp_path):
         classes = len(STRUCTURES) * len(TEXTURES)
         transformer = tiny_transformer("adaln_zero", num_classes=classes, in_channels=3, sample_size=32, patch_size=8)
         with torch.no_grad():
             transformer.proj_out.weight.normal_(std=0.5)
-        return Subject(make_pipeline(transformer), "mod")
+        return Subject(make_pipeline(transformer), "mod", cache_dir=tmp_path)
 
     def test_its_integral_is_the_information(self, subject):
         result = subject.validate(num_bins=5, with_null=True)

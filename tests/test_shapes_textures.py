@@ -173,7 +173,7 @@ def test_bad_indices():
 
 def test_classifier_learns_both_factors():
     state = torch.get_rng_state()
-    classifier, accuracy = train_factor_classifier(num_images=6400, progress=False)
+    classifier, accuracy = train_factor_classifier(num_images=6400)
     assert torch.equal(torch.get_rng_state(), state)
     # Chance is 1/8; the full budget, measured by the script, reaches more than 0.99.
     assert accuracy["structure"] > 0.6 and accuracy["texture"] > 0.6

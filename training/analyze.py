@@ -25,6 +25,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit import __version__
 from freqgate_dit.devices import choose_device
+from freqgate_dit.features import CACHE_DIR
 from freqgate_dit.files import digest, write_text
 from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import write_card
@@ -37,6 +38,7 @@ from freqgate_dit.training.report.page import FORMAT, Section, keep_section, ren
 
 
 LEAST = {"images": 2, "steps": 3, "pairs": 2, "levels": 3, "batch_size": 1, "seed": 0}
+OF_THIS_MACHINE = ("pipeline", "out", "cache_dir", "cpu_threads", "update_card")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,6 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompts", nargs="+", default=[], help="of a text-conditional pipeline, used in turn")
     parser.add_argument("--sampler", help="as for training/evaluation.py (default: the pipeline's own)")
+    parser.add_argument(
+        "--cache_dir", default=CACHE_DIR, help="where the judges of the built-in data are kept (default %(default)s)"
+    )
     parser.add_argument("--cpu_threads", type=int, help="by default all cores")
     parser.add_argument("--update_card", action="store_true", help="put the claims into the pipeline's model card")
     return parser
@@ -102,7 +107,7 @@ def command_of(given: argparse.Namespace) -> str:
     """What makes the report again, with the pipeline in FOLDER."""
     words, parser = ["python training/analyze.py --pipeline FOLDER --out report"], make_parser()
     for name, value in vars(given).items():
-        if name not in ("pipeline", "out", "cpu_threads", "update_card") and value != parser.get_default(name):
+        if name not in OF_THIS_MACHINE and value != parser.get_default(name):
             values = map(str, value) if isinstance(value, list) else [str(value)]
             words.append(f"--{name} {shlex.join(values)}")
     return " ".join(words)
@@ -139,7 +144,7 @@ def run(given: argparse.Namespace):
     use_all_cores(given.cpu_threads)
     model = load_model(given.pipeline, given.sampler, "auto", choose_device())
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
-    subject = Subject(model.pipe, world_of(model, given.world), *sizes, prompts=given.prompts)
+    subject = Subject(model.pipe, world_of(model, given.world), *sizes, given.prompts, given.cache_dir)
     scheduler = {"class": type(model.pipe.scheduler).__name__, **scheduler_arguments(model.pipe.scheduler)}
     sections = []
     with tqdm(given.sections, desc="report", unit="section") as progress:
@@ -151,13 +156,13 @@ def run(given: argparse.Namespace):
                 FORMAT, name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype, given.prompts
             )
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
-            progress.write(f"{name}: {'measured' if is_new else 'unchanged, kept'}")
+            progress.write(f"{name}: {f'measured in {section.seconds:.0f} s' if is_new else 'unchanged, kept'}")
             sections.append(section)
     facts = [
         f"{model.summary.class_name}, {model.summary.parameters / 1e6:.2f} M parameters, "
         f"{model.summary.prediction_type}; {scheduler['class']}, {given.steps} steps, without guidance; "
         f"{given.images} images from seed {given.seed}; {model.dtype}, torch {torch.__version__.split('+')[0]}, "
-        f"freqgate_dit {__version__}.",
+        f"freqgate_dit {__version__}. Measured in {sum(section.seconds for section in sections):.0f} s.",
     ]
     write_text(given.out / "report.html", render_page(f"What {name_of(model)} does with frequency", facts, sections))
     for section in sections:

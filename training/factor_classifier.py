@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from freqgate_dit.devices import bf16_is_fast
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS, ShapesTextures
@@ -68,7 +69,7 @@ class FactorClassifier(nn.Module):
 
 
 def train_factor_classifier(
-    world: str = "mod", image_size: int = 32, num_images: int = 16_384, seed: int = 0, progress: bool = True
+    world: str = "mod", image_size: int = 32, num_images: int = 16_384, seed: int = 0
 ) -> tuple[FactorClassifier, dict[str, float]]:
     """Train on images of split "train", each seen once, and score on 4,096 images of split "test".
 
@@ -79,7 +80,6 @@ def train_factor_classifier(
         image_size: Height and width of the images, at least 32.
         num_images: Number of training images, at least 128 (one batch); the training time is proportional to it.
         seed: Of the data, the initial weights and the augmentation.
-        progress: Print the loss ten times and the held-out accuracies.
 
     Returns:
         The classifier in evaluation mode and its held-out accuracies {"structure": ..., "texture": ...} in [0, 1].
@@ -93,13 +93,10 @@ def train_factor_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = FactorClassifier()
-        fit_factor_classifier(classifier, data, progress)
+        fit_factor_classifier(classifier, data, "training the judge of structure and texture")
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
     structures, textures = factors_of(test.labels(range(len(test))))
-    accuracy = factor_accuracy(classifier, scaled(test.images(range(len(test)))), structures, textures)
-    if progress:
-        print(f"held out: structure {accuracy['structure']:.4f}, texture {accuracy['texture']:.4f}", flush=True)
-    return classifier, accuracy
+    return classifier, factor_accuracy(classifier, scaled(test.images(range(len(test)))), structures, textures)
 
 
 @torch.no_grad()
@@ -142,10 +139,11 @@ def _convolution(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn
     )
 
 
+@torch.enable_grad()
 def fit_factor_classifier(
     classifier: nn.Module,
     data: ShapesTextures,
-    progress: bool,
+    description: str,
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
     loss: Callable | None = None,
 ) -> None:
@@ -153,6 +151,7 @@ def fit_factor_classifier(
 
     Args:
         classifier: a `FactorClassifier`, or what `loss` is for.
+        description: of the progress bar.
         augment: of images `(B, 3, H, W)` in [-1, 1]; by default some blur and noise, as half-trained models make them.
         loss: of `(output, structures (B,), textures (B,))`; by default the cross-entropies of both factors.
     """
@@ -162,7 +161,7 @@ def fit_factor_classifier(
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.15)
     classifier.train()
-    for step in range(steps):
+    for step in tqdm(range(steps), desc=description, unit="batch", leave=False):
         batch = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         structures, textures = factors_of(data.labels(batch))
         images = augment(scaled(data.images(batch)))
@@ -172,8 +171,6 @@ def fit_factor_classifier(
         value.backward()
         optimizer.step()
         schedule.step()
-        if progress and (step + 1) % max(1, steps // 10) == 0:
-            print(f"step {step + 1}/{steps}: loss {value.item():.4f}", flush=True)
     classifier.eval()
 
 

@@ -100,10 +100,10 @@ def train_noise_classifier(
     def loss(log_probability: torch.Tensor, structures: torch.Tensor, textures: torch.Tensor) -> torch.Tensor:
         return -log_probability[torch.arange(len(structures)), structures, textures].mean()
 
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = NoiseClassifier()
-        fit_factor_classifier(classifier, train, progress=False, augment=at_random_level, loss=loss)
+        fit_factor_classifier(classifier, train, "training the judge of noisy images", at_random_level, loss)
     return classifier
 
 

@@ -7,6 +7,7 @@ import base64
 import html
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from freqgate_dit.files import write_text
 
 
-FORMAT = 5  # of `section.json`, and of the tables beside it
+FORMAT = 6  # of `section.json`, and of the tables beside it
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Section:
         tables: name -> rows, dictionaries with the same keys.
         shown: names of the tables that are on the page; the others are files alone.
         claims: what was tested about the model, "claim", "verdict" and "evidence" each (`freqgate_dit.findings`).
+        seconds: that it took to measure.
     """
 
     title: str
@@ -36,6 +38,7 @@ class Section:
     tables: dict[str, list[dict]] = field(default_factory=dict)
     shown: tuple[str, ...] = ()
     claims: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
 
     def claim(self, claim: str, is_so: bool | None, evidence: str):
         """Add a claim: supported, not supported, or, for `None`, undecided."""
@@ -54,7 +57,9 @@ def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[S
     kept = load_section(file, key)
     if kept is not None:
         return kept, False
+    start = time.perf_counter()
     section = make()
+    section.seconds = time.perf_counter() - start
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     paths = {name: folder / f"{name}.png" for name in section.figures}

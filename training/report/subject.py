@@ -4,22 +4,20 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
+from freqgate_dit.features import CACHE_DIR
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
 from freqgate_dit.shapes_textures import NUM_CLASSES, TEXTURES, ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands
-from freqgate_dit.training.factor_classifier import scaled, train_factor_classifier
-from freqgate_dit.training.information import (
-    factor_information,
-    half_level,
-    train_noise_classifier,
-    without_factor,
-)
+from freqgate_dit.training.factor_classifier import scaled
+from freqgate_dit.training.information import factor_information, half_level, without_factor
+from freqgate_dit.training.judges import factor_judge, noise_judge
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation, ValidationResult
 
@@ -37,6 +35,7 @@ class Subject:
         num_images: sampled for each measurement.
         steps: of the scheduler.
         prompts: of a text-conditional pipeline, used in turn.
+        cache_dir: where the judges of the built-in data are kept, once trained.
 
     Raises:
         ValueError: for a text-conditional pipeline without prompts.
@@ -51,6 +50,7 @@ class Subject:
     seed: int = 0
     batch_size: int = 128
     prompts: Sequence[str] = ()
+    cache_dir: str | Path = CACHE_DIR
     guidance_scale: float = field(default=1.0, init=False)  # guidance would mix its own effects in
 
     def __post_init__(self):
@@ -106,8 +106,7 @@ class Subject:
     @cached_property
     def classifier(self):
         """Judge of the built-in data's factors, and its accuracies on held-out real images."""
-        with torch.enable_grad():
-            return train_factor_classifier(world=self.world, image_size=self.image_size, progress=False)
+        return factor_judge(self.world, self.image_size, self.cache_dir)
 
     @torch.no_grad()
     def to_model_space(self, images: torch.Tensor) -> torch.Tensor:
@@ -127,7 +126,7 @@ class Subject:
     @cached_property
     def noise_classifier(self):
         """Reads the built-in data's factors off noisy images."""
-        return train_noise_classifier(self.world, self.image_size)
+        return noise_judge(self.world, self.image_size, self.cache_dir)
 
     @cached_property
     def data_information(self) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
