@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from output import print_table, write_result
 
+from freqgate_dit.files import read_json
 from freqgate_dit.plots import seed_curves
 from freqgate_dit.statistics import paired_difference
 
@@ -39,6 +40,18 @@ RIGHT = ("structure_right", "texture_right", "structure_of_other", "texture_of_o
 def read_table(report: Path, name: str) -> list[dict]:
     path = report / "sections" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def read_facts(report: Path) -> dict:
+    """What a report is of.
+
+    Raises:
+        SystemExit: if the folder is no report, or one of an earlier version.
+    """
+    path = report / "report.json"
+    if not path.is_file():
+        raise SystemExit(f"`reports` has {report.name}, which has no report.json: make it with training/analyze.py.")
+    return read_json(path)
 
 
 def over_seeds(values: list[float]) -> dict:
@@ -73,6 +86,16 @@ def draw_gates(reports: list[Path]):
 
 
 def collect(reports: list[Path]) -> dict:
+    """What the reports have in common: each measure by report, in their order, most with a t-interval over them.
+
+    Raises:
+        SystemExit: if they are of several variants or worlds, or of other versions of this package.
+    """
+    facts = [read_facts(report) for report in reports]
+    for name in ("variant", "world", "freqgate_dit"):
+        values = sorted({str(fact[name]) for fact in facts})
+        if len(values) > 1:
+            raise SystemExit(f"`reports` differ in {name} ({', '.join(values)}): name the seeds of one recipe.")
     result = {"reports": [report.name for report in reports]}
     tables = {name: [read_table(report, name) for report in reports] for name in TABLES}
     gates = tables["gates/gates"]

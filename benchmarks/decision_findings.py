@@ -1,69 +1,92 @@
 """When models decide structure and texture, world by world, beside what the noisy data tell and what was predicted.
 
     python training/train.py --config training/configs/demo.yaml --world reversed --seed 0 \\
-        --output_dir runs/worlds/reversed_seed0
-    python training/analyze.py --pipeline runs/worlds/reversed_seed0/pipeline --sections decisions \\
-        --out runs/reports/world_reversed_seed0
-    ... (worlds and seeds)
+        --output_dir runs/worlds/reversed_freq_gate_seed0
+    python training/analyze.py --pipeline runs/worlds/reversed_freq_gate_seed0/pipeline \\
+        --sections information decisions --out runs/reports/world_reversed_freq_gate_seed0
+    ... (worlds, variants and seeds)
     python benchmarks/decision_findings.py --reports runs/reports/world_* --out results/decision_levels.json \\
         --figure results/figures/decision_levels.png
 
-A report's interval is over its pairs of labels. Over the seeds of a world, from two on, it is of training.
+Levels of exchanged labels have an interval over their pairs of labels. "use" are levels at which half of a model's use
+of a factor is over, of the section `information`. Over the seeds of a world, from two on, the interval is of training.
 """
 
 import argparse
 from pathlib import Path
 
-from analysis_findings import over_seeds, read_table, text
+from analysis_findings import over_seeds, read_facts, read_table, text
 from output import print_table, write_result
 
 from freqgate_dit.plots import decided_worlds
-from freqgate_dit.training.decisions import PREDICTED
+from freqgate_dit.training.decisions import FACTORS, PREDICTED
 
 
 def collect(reports: list[Path]) -> dict[str, dict]:
-    """By world: the sign that was predicted, the data's own difference, and each report's levels, by kind of exchange.
+    """By world: the sign that was predicted, the data's own difference, and by variant and kind of measurement each
+    report's levels.
 
     Raises:
-        SystemExit: if a report gives no levels.
+        SystemExit: if a report gives no decision levels, or is of no world.
     """
     worlds = {}
     for report in reports:
-        levels = read_table(report, "decisions/levels")
+        facts, levels = read_facts(report), read_table(report, "decisions/levels")
         if not levels:
             raise SystemExit(f"`reports` has {report.name}, which gives no decision levels: see its report.html.")
-        world, of_data = levels[0]["world"], levels[0]["of_data"]
-        found = worlds.setdefault(world, {"predicted_sign": PREDICTED[world], "of_data": of_data, "kinds": {}})
+        world = facts["world"]
+        found = worlds.setdefault(
+            world, {"predicted_sign": PREDICTED[world], "of_data": levels[0]["of_data"], "models": {}}
+        )
+        kinds = found["models"].setdefault(facts["variant"], {})
         for row in levels:
             values = {name: row[name] for name in ("structure", "texture", "difference", "low", "high")}
-            found["kinds"].setdefault(row["kind"], []).append({"report": report.name, **values})
+            kinds.setdefault(row["kind"], []).append({"report": report.name, **values})
+        use = use_of(report)
+        if None not in use.values():
+            difference = use["texture"] - use["structure"]
+            values = {**use, "difference": difference, "low": None, "high": None}
+            kinds.setdefault("use", []).append({"report": report.name, **values})
     for found in worlds.values():
         found["over_seeds"] = {
-            kind: over_seeds([row["difference"] for row in rows])
-            for kind, rows in found["kinds"].items()
-            if len(rows) > 1
+            variant: {
+                kind: over_seeds([row["difference"] for row in rows]) for kind, rows in kinds.items() if len(rows) > 1
+            }
+            for variant, kinds in found["models"].items()
         }
     return {world: worlds[world] for world in PREDICTED if world in worlds}
+
+
+def use_of(report: Path) -> dict[str, float | None]:
+    """Level at which half of the use of each factor is over, `None` where the report gives none."""
+    levels = {row["of"]: row["half_at_log_snr"] for row in read_table(report, "information/ceiling")}
+    return {factor: levels.get(f"{factor}, the other factor known") for factor in FACTORS}
 
 
 def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.2f}"
 
 
+def with_interval(row: dict) -> str:
+    interval = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+    return f"{row['difference']:+.2f}{interval}"
+
+
 def print_findings(worlds: dict[str, dict]):
     rows = {}
     for world, found in worlds.items():
-        for kind, reports in found["kinds"].items():
-            over = found["over_seeds"].get(kind)
-            rows[f"{world}, {kind}"] = [
-                "-0+"[found["predicted_sign"] + 1],
-                signed(found["of_data"]),
-                ", ".join(f"{row['structure']:+.2f} / {row['texture']:+.2f}" for row in reports),
-                ", ".join(f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" for row in reports),
-                text(over)[1] if over else "-",
-            ]
+        for variant, kinds in found["models"].items():
+            for kind, reports in kinds.items():
+                over = found["over_seeds"][variant].get(kind)
+                rows[f"{world}, {variant}, {kind}"] = [
+                    "-0+"[found["predicted_sign"] + 1],
+                    signed(found["of_data"]),
+                    ", ".join(f"{row['structure']:+.2f} / {row['texture']:+.2f}" for row in reports),
+                    ", ".join(with_interval(row) for row in reports),
+                    text(over)[1] if over else "-",
+                ]
     columns = ["predicted", "of the data", "structure / texture", "texture - structure, each model", "over seeds"]
-    print_table("Decision levels (log-SNR)", columns, rows, "world, exchange")
+    print_table("Decision levels (log-SNR)", columns, rows, "world, variant, measurement")
 
 
 def main():

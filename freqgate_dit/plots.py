@@ -494,31 +494,37 @@ def decision_figure(log_snr: Sequence[float], shares: dict[str, np.ndarray], lev
 
 
 def decided_worlds(worlds: dict[str, dict]):
-    """By how much later the texture is decided than the structure, by models of several worlds, beside the data's own.
+    """By how much later the texture is decided than the structure, by models of several worlds, beside the data's own;
+    a panel for each variant.
 
     Args:
-        worlds: name -> "of_data", the data's own difference or `None`, and "kinds", kind of exchange -> a dictionary
-            per model with "difference", "low" and "high".
+        worlds: name -> "of_data", the data's own difference or `None`, and "models", variant -> kind of measurement ->
+            a dictionary per model with "difference", "low" and "high", the last two `None` where there is no interval.
     """
-    kinds = list(dict.fromkeys(kind for found in worlds.values() for kind in found["kinds"]))
-    most = max(len(rows) for found in worlds.values() for rows in found["kinds"].values())
-    figure, axes = new_figure(7.5, 1.3 + 0.75 * len(worlds))
-    for place, found in enumerate(worlds.values()):
-        if found["of_data"] is not None:
-            ends = [place - 0.36, place + 0.36]
-            label = "the noisy data" if place == 0 else None
-            axes.plot([found["of_data"]] * 2, ends, color="black", lw=2.5, label=label)
-        for index, kind in enumerate(kinds):
-            for model, row in enumerate(found["kinds"].get(kind, [])):
-                middle = place + 0.24 * (index - (len(kinds) - 1) / 2) + 0.05 * (model - (most - 1) / 2)
-                label = kind if place == 0 and model == 0 else None
-                axes.plot([row["low"], row["high"]], [middle, middle], color=PALETTE[index], lw=1.3)
-                axes.plot(row["difference"], middle, "o", color=PALETTE[index], ms=4, label=label)
-    axes.axvline(0, color="0.4", lw=1, ls="--")
-    axes.set_yticks(range(len(worlds)), list(worlds))
-    axes.set(ylim=(len(worlds) - 0.5, -0.5), ylabel="world", xlabel="texture later than structure by (log-SNR)")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    models = [found["models"] for found in worlds.values()]
+    variants = list(dict.fromkeys(variant for by_variant in models for variant in by_variant))
+    kinds = list(dict.fromkeys(kind for by_variant in models for by_kind in by_variant.values() for kind in by_kind))
+    size = 2.5 + 3.7 * len(variants), 1.3 + 0.75 * len(worlds)
+    figure, panels = new_figure(*size, columns=len(variants), sharex=True, sharey=True, squeeze=False)
+    shown = {}
+    for axes, variant in zip(panels[0], variants, strict=True):
+        for place, found in enumerate(worlds.values()):
+            if found["of_data"] is not None:
+                ends = [place - 0.4, place + 0.4]
+                [shown["the noisy data"]] = axes.plot([found["of_data"]] * 2, ends, color="black", lw=2.5)
+            for kind, rows in found["models"].get(variant, {}).items():
+                index = kinds.index(kind)
+                for model, row in enumerate(rows):
+                    middle = place + 0.2 * (index - (len(kinds) - 1) / 2) + 0.05 * (model - (len(rows) - 1) / 2)
+                    if row["low"] is not None:
+                        axes.plot([row["low"], row["high"]], [middle, middle], color=PALETTE[index], lw=1.3)
+                    [shown[kind]] = axes.plot(row["difference"], middle, "o", color=PALETTE[index], ms=4)
+        axes.axvline(0, color="0.4", lw=1, ls="--")
+        axes.set(title=variant, ylim=(len(worlds) - 0.5, -0.5), xlabel="texture later than structure by (log-SNR)")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0][0].set_yticks(range(len(worlds)), list(worlds))
+    panels[0][0].set_ylabel("world")
+    panels[0][-1].legend(shown.values(), shown, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -535,8 +541,11 @@ def information_figure(
         data: log-SNR `(K,)`; factor -> `(K,)` nats; factor -> level at which it has half of them.
     """
     count = (model is not None) + bool(by_factor) + (data is not None)
-    figure, panels = new_figure(5.2 * count, 3.8, columns=count)
-    panels = list(np.atleast_1d(panels))
+    columns, rows = min(2, count), math.ceil(count / 2)
+    figure, panels = new_figure(5.2 * columns, 3.6 * rows, rows, columns, squeeze=False)
+    panels = list(panels.flat)
+    for axes in panels[count:]:
+        axes.remove()
     if data is not None:
         axes = panels.pop(0)
         levels, curves, half = data

@@ -93,9 +93,10 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_judges):
 
     # Nothing changed: nothing is measured. Another seed: all of it. A section alone: the others stay as files.
     sections = {path.parent.name: json.loads(path.read_text()) for path in out.glob("sections/*/section.json")}
-    seconds = sum(section["seconds"] for section in sections.values())
-    assert len(sections) == 5 and all(section["seconds"] > 0 for section in sections.values())
-    assert f"Measured in {seconds:.0f} s." in page
+    facts = json.loads((out / "report.json").read_text())
+    assert facts["seconds"] == {name: sections[name]["seconds"] for name in facts["seconds"]} and len(sections) == 5
+    assert min(facts["seconds"].values()) > 0 and f"Measured in {sum(facts['seconds'].values()):.0f} s." in page
+    assert facts["variant"] == "freq_gate" and facts["world"] == "mod" and facts["images"] == facts["steps"] == 4
     before = (out / "sections/order/section.json").stat().st_mtime_ns
     main(words)
     assert capsys.readouterr().out.count("unchanged, kept") == 5

@@ -155,19 +155,23 @@ def test_curves_by_seed(parts, tmp_path):
 
 
 def test_decisions_by_world_are_drawn_beside_those_of_the_data(tmp_path):
-    def model(difference):
-        return {"difference": difference, "low": difference - 0.5, "high": difference + 0.5}
+    def model(difference, half=0.5):
+        return {"difference": difference, "low": half and difference - half, "high": half and difference + half}
 
+    of_mod = {"swap": [model(2.9), model(2.6)], "insertion": [model(3.7)]}
     worlds = {
-        "mod": {"of_data": 2.4, "kinds": {"swap": [model(2.9), model(2.6)], "insertion": [model(3.7)]}},
-        "flat": {"of_data": None, "kinds": {"swap": [model(0.1)]}},
+        "mod": {"of_data": 2.4, "models": {"freq_gate": of_mod, "band_gate": {"use": [model(1.2, None)]}}},
+        "flat": {"of_data": None, "models": {"freq_gate": {"swap": [model(0.1)]}}},
     }
     figure = decided_worlds(worlds)
-    (axes,) = figure.axes
-    dots = [line for line in axes.lines if line.get_marker() == "o"]
-    assert [line.get_xdata()[0] for line in dots] == [2.9, 2.6, 3.7, 0.1]
-    assert [round(line.get_ydata()[0]) for line in dots] == [0, 0, 0, 1]
-    assert [text.get_text() for text in axes.get_legend().texts] == ["the noisy data", "swap", "insertion"]
+    dots = [[line for line in axes.lines if line.get_marker() == "o"] for axes in figure.axes]
+    assert [axes.get_title() for axes in figure.axes] == ["freq_gate", "band_gate"]
+    assert [[line.get_xdata()[0] for line in panel] for panel in dots] == [[2.9, 2.6, 3.7, 0.1], [1.2]]
+    assert [[round(line.get_ydata()[0]) for line in panel] for panel in dots] == [[0, 0, 0, 1], [0]]
+    assert {line.get_color() for line in dots[0]}.isdisjoint({line.get_color() for line in dots[1]})
+    assert len(figure.axes[1].lines) == 3  # the data, one dot without an interval, zero
+    names = [text.get_text() for text in figure.axes[1].get_legend().texts]
+    assert names == ["the noisy data", "swap", "insertion", "use"]
     save(figure, tmp_path / "worlds.png")
 
 

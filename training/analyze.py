@@ -2,14 +2,16 @@
 
     python training/analyze.py --pipeline runs/mine/pipeline --out report
 
-Writes `report.html`, with all figures inside, and under `--out`/sections the figures as PNG and the tables as JSON and
-parquet. Sections: the order in which octaves are made; the gates over time; interventions (a label in one path alone,
-another gate), from the same noise; and, for models of the built-in data, what the label can say at which noise level,
-and at which structure and texture are decided. What has not changed since the last call is not measured again.
+Writes `report.html`, with all figures inside, `report.json`, which says what it is of, and under `--out`/sections the
+figures as PNG and the tables as JSON and parquet. Sections: the order in which octaves are made; the gates over time;
+interventions (a label in one path alone, another gate), from the same noise; and, for models of the built-in data,
+what the label can say at which noise level, and at which structure and texture are decided. What has not changed since
+the last call is not measured again.
 The page begins with the claims that were tested and what came of each; `--update_card` puts these into the model card.
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import sys
@@ -131,6 +133,32 @@ def update_card(given: argparse.Namespace, sections: list[Section], sampler: str
     print(f"\nwrote the claims into {path} and the model card, {folder / 'README.md'}")
 
 
+def facts_of(given: argparse.Namespace, model: Model, subject: Subject, sampler: str, sections: list[Section]) -> dict:
+    """What was measured and how, as it stands at the head of the page and in `report.json`."""
+    return {
+        "variant": model.summary.variant,
+        "parameters": model.summary.parameters,
+        "prediction_type": model.summary.prediction_type,
+        "world": subject.world,
+        "sampler": sampler,
+        **{name: getattr(given, name) for name in ("steps", "images", "pairs", "levels", "seed")},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__.split("+")[0],
+        "freqgate_dit": __version__,
+        "seconds": {name: section.seconds for name, section in zip(given.sections, sections, strict=True)},
+    }
+
+
+def in_words(facts: dict) -> str:
+    of_world = f", world '{facts['world']}'" if facts["world"] else ""
+    return (
+        f"Variant {facts['variant']}, {facts['parameters'] / 1e6:.2f} M parameters, {facts['prediction_type']}"
+        f"{of_world}; {facts['sampler']}, {facts['steps']} steps, without guidance; {facts['images']} images from "
+        f"seed {facts['seed']}; {facts['dtype']}, torch {facts['torch']}, freqgate_dit {facts['freqgate_dit']}. "
+        f"Measured in {sum(facts['seconds'].values()):.0f} s."
+    )
+
+
 def run(given: argparse.Namespace):
     for name, least in LEAST.items():
         if getattr(given, name) < least:
@@ -158,13 +186,12 @@ def run(given: argparse.Namespace):
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
             progress.write(f"{name}: {f'measured in {section.seconds:.0f} s' if is_new else 'unchanged, kept'}")
             sections.append(section)
-    facts = [
-        f"{model.summary.class_name}, {model.summary.parameters / 1e6:.2f} M parameters, "
-        f"{model.summary.prediction_type}; {scheduler['class']}, {given.steps} steps, without guidance; "
-        f"{given.images} images from seed {given.seed}; {model.dtype}, torch {torch.__version__.split('+')[0]}, "
-        f"freqgate_dit {__version__}. Measured in {sum(section.seconds for section in sections):.0f} s.",
-    ]
-    write_text(given.out / "report.html", render_page(f"What {name_of(model)} does with frequency", facts, sections))
+    facts = facts_of(given, model, subject, scheduler["class"], sections)
+    write_text(given.out / "report.json", json.dumps(facts, indent=1) + "\n")
+    write_text(
+        given.out / "report.html",
+        render_page(f"What {name_of(model)} does with frequency", [in_words(facts)], sections),
+    )
     for section in sections:
         print(f"\n{section.title}\n" + "\n".join(f"  {paragraph}" for paragraph in section.reading))
     if given.update_card:

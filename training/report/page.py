@@ -15,7 +15,7 @@ from pathlib import Path
 from freqgate_dit.files import write_text
 
 
-FORMAT = 6  # of `section.json`, and of the tables beside it
+FORMAT = 5  # of `section.json`, and of the tables beside it
 
 
 @dataclass

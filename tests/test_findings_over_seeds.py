@@ -1,0 +1,159 @@
+"""What `benchmarks/analysis_findings.py` and `benchmarks/decision_findings.py` make of several reports."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from freqgate_dit.statistics import paired_difference
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+FACTS = {"variant": "freq_gate", "world": "mod", "freqgate_dit": "1.0"}
+FACTORS = ("structure", "texture")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a report with these tables."""
+
+    def write(name, facts=FACTS, **tables):
+        folder = tmp_path / name
+        folder.mkdir()
+        for table, rows in tables.items():
+            path = folder / "sections" / f"{table.replace('__', '/')}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows))
+        (folder / "report.json").write_text(json.dumps(facts))
+        return folder
+
+    return write
+
+
+def level(structure, texture, kind="swap", of_data=1.5):
+    difference = texture - structure
+    values = {"structure": structure, "texture": texture, "difference": difference}
+    return {"world": "mod", "kind": kind, **values, "low": difference - 1, "high": difference + 1, "of_data": of_data}
+
+
+def use(structure, texture):
+    rows = [{"of": "label", "nats": 8.0, "entropy": 4.0, "half_at_log_snr": None}]
+    for factor, at in zip(FACTORS, (structure, texture)):
+        rows.append({"of": f"{factor}, the other factor known", "nats": 3.0, "entropy": 2.0, "half_at_log_snr": at})
+    return rows
+
+
+class TestOneRecipe:
+    def test_measures_are_taken_over_seeds(self, script, write):
+        losses = [(2.0, 3.0), (4.0, 5.0), (5.0, 5.0)]
+        reports = [
+            write(
+                f"seed{seed}",
+                gates__gates=[{"correlation": seed, "agreement": 0.5}, {"correlation": -seed, "agreement": 1.0}],
+                gates__gate_means=[{"block": b, "mean_gate": g} for b in (0, 1) for g in (0.5, 0.5 + b * seed)],
+                information__ceiling=use(-3.0 + seed, -2.0),
+                decisions__levels=[level(-1.0, 1.0 + seed), level(-2.0, -2.0, "insertion")],
+                interventions__interventions=[
+                    {"intervention": "none", "held_out_loss": before, "change_0-1": 0.0, "structure_right": 1.0},
+                    {
+                        "intervention": "gate mean",
+                        "held_out_loss": after,
+                        "change_0-1": 0.1 * seed,
+                        "structure_right": 0.5,
+                    },
+                ],
+                interventions__dissociation=[{"index": 0.1 * seed, "low": -1.0, "high": 1.0}],
+            )
+            for seed, (before, after) in enumerate(losses)
+        ]
+        found = script("analysis_findings").collect(reports)
+        assert found["reports"] == ["seed0", "seed1", "seed2"]
+        assert found["gates"]["correlation"] == [[0, 0], [1, -1], [2, -2]]
+        assert found["range_of_mean_gate"] == [[0, 0], [0, 1], [0, 2]]
+        assert found["information_over_entropy"]["label"]["by_seed"] == [2.0] * 3
+        assert found["half_of_the_use_at"].keys() == {f"{factor}, the other factor known" for factor in FACTORS}
+        assert found["half_of_the_use_at"]["structure, the other factor known"]["by_seed"] == [-3, -2, -1]
+        assert found["levels"]["swap"]["difference"]["by_seed"] == [2, 3, 4]
+        assert found["levels"]["insertion"]["difference"]["mean"] == 0
+        assert found["loss_change_percent"]["gate mean"]["by_seed"] == pytest.approx([50, 25, 0])
+        assert found["effects"] == {"gate mean": {"change_0-1": [0.0, 0.1, 0.2]}}
+        assert found["right"]["gate mean"]["structure_right"]["mean"] == 0.5
+        expected = paired_difference([0.0, 0.1, 0.2], [0.0] * 3)
+        assert found["dissociation"]["mean"] == pytest.approx(0.1) and found["dissociation"]["low"] == expected.low
+        assert "gains" not in found and "arrival" not in found
+
+    def test_what_one_report_lacks_is_left_out(self, script, write):
+        whole = write(
+            "whole",
+            decisions__levels=[level(-1.0, 1.0)],
+            interventions__dissociation=[{"index": 0.1, "low": 0.0, "high": 1.0}],
+        )
+        found = script("analysis_findings").collect([whole, write("without", decisions__levels=[level(0.0, 1.0)])])
+        assert found.keys() == {"reports", "levels"}
+
+    @pytest.mark.parametrize("name, other", [("variant", "band_gate"), ("world", "add"), ("freqgate_dit", "0.9")])
+    def test_reports_of_several_recipes_are_refused(self, script, write, name, other):
+        with pytest.raises(SystemExit, match=f"differ in {name}"):
+            script("analysis_findings").collect([write("one"), write("two", {**FACTS, name: other})])
+
+    def test_a_folder_that_is_no_report_is_refused(self, script, tmp_path):
+        with pytest.raises(SystemExit, match="no_report, which has no report.json"):
+            script("analysis_findings").collect([tmp_path / "no_report"])
+
+    def test_curves_are_drawn_by_seed_and_part(self, script, write, monkeypatch):
+        def gains(report):
+            return [
+                {"log_snr": l, "block": 0, "branch": branch, "low_over_high_dB": 10 * report + place + l}
+                for l in (-1.0, 1.0)
+                for place, branch in enumerate(("attention", "mlp"))
+            ]
+
+        reports = [write(f"seed{seed}", gates__gain_curves=gains(seed)) for seed in (0, 1)]
+        analysis_findings, drawn = script("analysis_findings"), []
+        monkeypatch.setattr(analysis_findings, "seed_curves", lambda *given: drawn.extend(given))
+        analysis_findings.draw_gates(reports)
+        levels, values, names, parts, _ = drawn
+        assert levels == [-1.0, 1.0] and names == ["seed0", "seed1"]
+        assert parts == ["block 0 attention", "block 0 mlp"]
+        assert values.tolist() == [[[-1, 0], [1, 2]], [[9, 10], [11, 12]]]
+        with pytest.raises(SystemExit, match="have no gates in common"):
+            analysis_findings.draw_gates([write("none"), write("none2")])
+
+
+class TestWorlds:
+    def test_levels_are_kept_apart_by_world_and_variant(self, script, write):
+        band_gate = {**FACTS, "variant": "band_gate"}
+        reversed_world = {**FACTS, "world": "reversed"}
+        reports = [
+            write(
+                "r",
+                reversed_world,
+                decisions__levels=[level(1.0, -1.0, of_data=-1.3)],
+                information__ceiling=use(None, -2.0),
+            ),
+            write("a", decisions__levels=[level(-1.0, 1.0)], information__ceiling=use(-3.0, -2.0)),
+            write("b", decisions__levels=[level(-1.0, 2.0)], information__ceiling=use(-3.0, -1.0)),
+            write("c", band_gate, decisions__levels=[level(-1.0, 5.0)]),
+        ]
+        worlds = script("decision_findings").collect(reports)
+        assert list(worlds) == ["mod", "reversed"]
+        assert worlds["mod"]["predicted_sign"] == 1 and worlds["reversed"]["predicted_sign"] == -1
+        assert worlds["mod"]["of_data"] == 1.5 and worlds["reversed"]["of_data"] == -1.3
+        of_mod = worlds["mod"]["models"]
+        assert [row["difference"] for row in of_mod["freq_gate"]["swap"]] == [2, 3]
+        assert [row["difference"] for row in of_mod["freq_gate"]["use"]] == [1, 2]
+        assert [row["report"] for row in of_mod["band_gate"]["swap"]] == ["c"] and "use" not in of_mod["band_gate"]
+        assert "use" not in worlds["reversed"]["models"]["freq_gate"]
+        over = worlds["mod"]["over_seeds"]
+        assert over["freq_gate"]["swap"]["mean"] == 2.5 and over["band_gate"] == {}
+
+    def test_a_report_without_levels_is_refused(self, script, write):
+        with pytest.raises(SystemExit, match="`reports` has x, which gives no decision levels"):
+            script("decision_findings").collect([write("x")])
