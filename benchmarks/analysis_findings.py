@@ -54,10 +54,39 @@ def read_facts(report: Path) -> dict:
     return read_json(path)
 
 
+def common_facts(facts: list[dict]) -> dict:
+    """What reports of several seeds have in common, and their seeds.
+
+    Raises:
+        SystemExit: if they are of other models, trained or measured otherwise, or one is there twice.
+    """
+    own = ("checkpoint", "seconds")
+    common = {name: value for name, value in facts[0].items() if name not in own}
+    common["training"] = {**common["training"], "seed": [fact["training"]["seed"] for fact in facts]}
+    for fact in facts:
+        training = {**fact["training"], "seed": common["training"]["seed"]}
+        other = {name: value for name, value in {**fact, "training": training}.items() if name not in own}
+        if other != common:
+            names = [name for name in {**common, **other} if common.get(name) != other.get(name)]
+            differing = ", ".join(f"{name}: {common.get(name)!r}, {other.get(name)!r}" for name in names)
+            raise SystemExit(f"`reports` must be seeds of one recipe, measured alike; they differ in {differing}.")
+    checkpoints = [fact["checkpoint"] for fact in facts]
+    if len(set(checkpoints)) < len(checkpoints):
+        raise SystemExit("`reports` has reports of the same weights twice: name each model once.")
+    return {**common, "checkpoints": [checkpoint and checkpoint[:12] for checkpoint in checkpoints]}
+
+
 def over_seeds(values: list[float]) -> dict:
     """Mean and 95 % t-interval over seeds; needs two."""
     found = paired_difference(values, [0.0] * len(values))
     return {"by_seed": values, "mean": found.mean, "low": found.low, "high": found.high}
+
+
+def by_name(tables: list[list[dict]], key: str) -> dict[str, list[dict]]:
+    """By the value of `key` the row of each report, of those rows that all have: a report leaves out what it cannot
+    tell."""
+    rows = [{row[key]: row for row in table} for table in tables]
+    return {name: [found[name] for found in rows] for name in rows[0] if all(name in found for found in rows)}
 
 
 def draw_gates(reports: list[Path]):
@@ -89,14 +118,10 @@ def collect(reports: list[Path]) -> dict:
     """What the reports have in common: each measure by report, in their order, most with a t-interval over them.
 
     Raises:
-        SystemExit: if they are of several variants or worlds, or of other versions of this package.
+        SystemExit: if they are not seeds of one recipe that were measured alike.
     """
     facts = [read_facts(report) for report in reports]
-    for name in ("variant", "world", "freqgate_dit"):
-        values = sorted({str(fact[name]) for fact in facts})
-        if len(values) > 1:
-            raise SystemExit(f"`reports` differ in {name} ({', '.join(values)}): name the seeds of one recipe.")
-    result = {"reports": [report.name for report in reports]}
+    result = {"reports": [report.name for report in reports], "protocol": common_facts(facts)}
     tables = {name: [read_table(report, name) for report in reports] for name in TABLES}
     gates = tables["gates/gates"]
     if all(gates):
@@ -121,11 +146,13 @@ def collect(reports: list[Path]) -> dict:
             ]
             for name in ("half_open_shift", "slope")
         }
-    if all(tables["interventions/dissociation"]):
-        result["dissociation"] = over_seeds([table[0]["index"] for table in tables["interventions/dissociation"]])
-        result["dissociation"]["intervals"] = [
-            [table[0]["low"], table[0]["high"]] for table in tables["interventions/dissociation"]
-        ]
+    indices = by_name(tables["interventions/dissociation"], "by")
+    if indices:
+        result["dissociation"] = {
+            name: over_seeds([row["index"] for row in rows])
+            | {"intervals": [[row["low"], row["high"]] for row in rows]}
+            for name, rows in indices.items()
+        }
     ceilings = tables["information/ceiling"]
     if all(ceilings):
         uses = [{row.get("of"): row for row in table} for table in ceilings]
@@ -138,16 +165,17 @@ def collect(reports: list[Path]) -> dict:
         result["information_over_entropy"] = {
             of: over_seeds([found[of]["nats"] / found[of]["entropy"] for found in uses]) for of in uses[0]
         }
-        halves = {of: [found[of]["half_at_log_snr"] for found in uses] for of in uses[0]}
-        result["half_of_the_use_at"] = {of: over_seeds(found) for of, found in halves.items() if None not in found}
-    levels = tables["decisions/levels"]
-    if all(levels):
+        for key, name in (
+            ("half_of_the_use_at", "half_at_log_snr"),
+            ("half_is_used_at", "half_of_entropy_at_log_snr"),
+        ):
+            halves = {of: [found[of][name] for found in uses] for of in uses[0]}
+            result[key] = {of: over_seeds(found) for of, found in halves.items() if None not in found}
+    levels = by_name(tables["decisions/levels"], "kind")
+    if levels:
         result["levels"] = {
-            row["kind"]: {
-                name: over_seeds([table[index][name] for table in levels])
-                for name in ("structure", "texture", "difference")
-            }
-            for index, row in enumerate(levels[0])
+            kind: {name: over_seeds([row[name] for row in rows]) for name in ("structure", "texture", "difference")}
+            for kind, rows in levels.items()
         }
     losses = [{row["intervention"]: row for row in table} for table in tables["interventions/interventions"]]
     if all(losses) and "held_out_loss" in losses[0]["none"]:
@@ -195,12 +223,14 @@ def print_findings(result: dict):
             "ring, from the lowest frequency",
         )
     rows = {}
-    if "dissociation" in result:
-        rows["double dissociation index"] = text(result["dissociation"], 3)
+    for name, values in result.get("dissociation", {}).items():
+        rows[f"double dissociation index, {name}"] = text(values, 3)
     for name, values in result.get("information_over_entropy", {}).items():
         rows[f"information used of {name}, over its entropy"] = text(values)
     for name, values in result.get("half_of_the_use_at", {}).items():
         rows[f"half of the use of {name} over at log-SNR"] = text(values)
+    for name, values in result.get("half_is_used_at", {}).items():
+        rows[f"half of what there is of {name} used at log-SNR"] = text(values)
     for kind, levels in result.get("levels", {}).items():
         rows |= {f"{kind}: {name}": text(values) for name, values in levels.items()}
     for name, values in result.get("loss_change_percent", {}).items():

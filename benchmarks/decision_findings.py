@@ -15,11 +15,12 @@ of a factor is over, of the section `information`. Over the seeds of a world, fr
 import argparse
 from pathlib import Path
 
-from analysis_findings import over_seeds, read_facts, read_table, text
+from analysis_findings import common_facts, over_seeds, read_facts, read_table, text
 from output import print_table, write_result
 
 from freqgate_dit.plots import decided_worlds
 from freqgate_dit.training.decisions import FACTORS, PREDICTED
+from freqgate_dit.training.information import with_other
 
 
 def collect(reports: list[Path]) -> dict[str, dict]:
@@ -27,7 +28,7 @@ def collect(reports: list[Path]) -> dict[str, dict]:
     report's levels.
 
     Raises:
-        SystemExit: if a report gives no decision levels, or is of no world.
+        SystemExit: if a report gives no decision levels, or reports of a world and a variant are not of one recipe.
     """
     worlds = {}
     for report in reports:
@@ -48,6 +49,10 @@ def collect(reports: list[Path]) -> dict[str, dict]:
             values = {**use, "difference": difference, "low": None, "high": None}
             kinds.setdefault("use", []).append({"report": report.name, **values})
     for found in worlds.values():
+        found["protocol"] = {
+            variant: common_facts([read_facts(report) for report in reports if report.name in names_of(kinds)])
+            for variant, kinds in found["models"].items()
+        }
         found["over_seeds"] = {
             variant: {
                 kind: over_seeds([row["difference"] for row in rows]) for kind, rows in kinds.items() if len(rows) > 1
@@ -57,10 +62,14 @@ def collect(reports: list[Path]) -> dict[str, dict]:
     return {world: worlds[world] for world in PREDICTED if world in worlds}
 
 
+def names_of(kinds: dict[str, list[dict]]) -> set[str]:
+    return {row["report"] for rows in kinds.values() for row in rows}
+
+
 def use_of(report: Path) -> dict[str, float | None]:
     """Level at which half of the use of each factor is over, `None` where the report gives none."""
     levels = {row["of"]: row["half_at_log_snr"] for row in read_table(report, "information/ceiling")}
-    return {factor: levels.get(f"{factor}, the other factor known") for factor in FACTORS}
+    return {factor: levels.get(with_other(factor)) for factor in FACTORS}
 
 
 def signed(value: float | None) -> str:

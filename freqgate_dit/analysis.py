@@ -92,13 +92,16 @@ def band_gain_table(
         and of that of the high band, `(T, blocks, branches)` each, with the branches attention and MLP.
 
     Raises:
-        ValueError: for a model without band gates.
+        ValueError: for a model without band gates, or a label that it does not have.
     """
     if "band" not in transformer.inspectable:
         raise ValueError(
             f"`transformer` is a {type(transformer).__name__} without band gates: there is no gain to read."
         )
     config, device = transformer.config, transformer.device
+    if label is not None and not (type(label) is int and config.num_classes and 0 <= label <= config.num_classes):
+        has = f"give one from 0 to {config.num_classes}" if config.num_classes else "the model has no classes"
+        raise ValueError(f"`label` ({label!r}) is no class of this model: {has}.")
     timesteps = torch.linspace(0, config.num_train_timesteps - 1, num_timesteps)
     shape = (num_timesteps, config.in_channels, config.sample_size, config.sample_size)
     arguments = {}
@@ -125,7 +128,8 @@ def band_gain_table(
 
 @torch.no_grad()
 def band_visibility(transformer: BandGateDiTTransformer2DModel, timesteps: np.ndarray) -> np.ndarray | None:
-    """By how many dB the low band of the data is more visible than the high one: the ratio of their mean Wiener gains.
+    """By how many dB the low band of the data is more visible than the high one: the ratio of their mean Wiener gains,
+    which are factors of amplitudes, as a branch's gains are.
 
     Returns:
         `(T,)`, or `None` for a model that knows no spectrum.
@@ -136,7 +140,7 @@ def band_visibility(transformer: BandGateDiTTransformer2DModel, timesteps: np.nd
     if known is None:
         return None
     low, high = transformer.band_clocks(known).double().cpu().numpy().T
-    return 10 * np.log10(low / high)
+    return plots.decibel(low, high)
 
 
 def band_gain_statistics(

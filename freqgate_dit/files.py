@@ -14,6 +14,12 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def digest_of_sources(*folders: Path) -> str:
+    """`digest` of the Python files in these folders, shortened to twelve digits."""
+    files = sorted(file for folder in folders for file in folder.glob("*.py"))
+    return digest([(file.name, file.read_text(encoding="utf-8")) for file in files])[:12]
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that is there whole or not at all, also after a crash; of several writers the last one wins."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")

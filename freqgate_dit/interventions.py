@@ -20,11 +20,14 @@ from freqgate_dit.transformer_freqgate_dit import (
     BandGateDiTTransformer2DModel,
     ConditionedDiTTransformer2DModel,
     FreqGateDiTTransformer2DModel,
+    SpectralPreconditioner,
 )
 
 
 PATHS = ("low", "high", "output")
-GATES = ("zero", "half", "one", "mean", "reversed", "shuffled")
+GATES = ("zero", "half", "one", "mean", "reversed", "shuffled", "random")
+BAND_GATES = ("zero", "half", "mean", "reversed", "shuffled", "random")
+OVER_TIME = ("mean", "reversed")
 MEAN_OVER = 64  # timesteps, for Band-Gate, whose gates differ by label too
 
 
@@ -171,8 +174,11 @@ def changed_gate(transformer: ConditionedDiTTransformer2DModel, change: str, num
     Args:
         change: for Freq-Gate "zero", "half", "one": that constant; "mean": its mean over all timesteps, so that its
             values stay and their course goes; "reversed": its value at the mirrored timestep; "shuffled": those of
-            other channels, in an order that is fixed per block. For Band-Gate "zero": no difference between bands;
-            "mean" and "reversed", of the same label, unless its gates depend on the class alone.
+            other channels, in an order that is fixed per block; "random": a constant between 0 and 1 per block and
+            channel. For Band-Gate "zero": no difference between bands; "half": half of it; "mean" and "reversed", of
+            the same label, unless its gates depend on the class alone; "shuffled", within each branch; "random": noise
+            that is fixed per block, as large as the gates are at the time. For any model with a learned spectral gate
+            "wiener": the one that training began with.
         num_train_timesteps: of the noise schedule.
 
     Raises:
@@ -184,6 +190,10 @@ def changed_gate(transformer: ConditionedDiTTransformer2DModel, change: str, num
             f"`change` ({change!r}): {type(transformer).__name__} has "
             f"{', '.join(changes) if changes else 'no gate to change'}."
         )
+    if change == "wiener":
+        with _wiener(transformer.preconditioner):
+            yield
+        return
     is_band_gate = isinstance(transformer, BandGateDiTTransformer2DModel)
     handles = _band_gate_handles if is_band_gate else _freq_gate_handles
     with hooked(handles(transformer, change, num_train_timesteps)):
@@ -192,20 +202,55 @@ def changed_gate(transformer: ConditionedDiTTransformer2DModel, change: str, num
 
 def gate_changes(transformer: ConditionedDiTTransformer2DModel) -> tuple[str, ...]:
     """The changes that `changed_gate` knows for a model; none without gates."""
+    preconditioner = transformer.preconditioner
+    spectral = ("wiener",) if preconditioner is not None and preconditioner.kind == "learned" else ()
     if isinstance(transformer, FreqGateDiTTransformer2DModel):
-        return GATES
-    if isinstance(transformer, BandGateDiTTransformer2DModel):
-        if "band" not in transformer.inspectable:
-            return ()
-        return ("zero",) if transformer.config.band_drive == "class" else ("zero", "mean", "reversed")
-    return ()
+        return GATES + spectral
+    if isinstance(transformer, BandGateDiTTransformer2DModel) and "band" in transformer.inspectable:
+        of_class = transformer.config.band_drive == "class"
+        return tuple(name for name in BAND_GATES if not (of_class and name in OVER_TIME)) + spectral
+    return spectral
+
+
+@contextmanager
+def _wiener(gate: SpectralPreconditioner):
+    """Slope and offset of a learned spectral gate as they were before training."""
+    learned = {name: parameter.detach().clone() for name, parameter in gate.named_parameters()}
+    try:
+        with torch.no_grad():
+            for parameter in gate.parameters():
+                parameter.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in gate.named_parameters():
+                parameter.copy_(learned[name])
+
+
+def _fixed(index: int) -> torch.Generator:
+    """Of what is random in a block, and the same in every call."""
+    return torch.Generator().manual_seed(index)
 
 
 def _band_gate_handles(transformer: BandGateDiTTransformer2DModel, change: str, num_train_timesteps: int) -> list:
-    if change == "zero":
+    if change not in OVER_TIME:
+
+        def replacement(index: int, branches: int) -> Callable:
+            def replace(module, args, output):  # (B, 1, branches * D)
+                if change in ("zero", "half"):
+                    return output * {"zero": 0.0, "half": 0.5}[change]
+                by_branch = output.unflatten(-1, (branches, -1))
+                size, generator = by_branch.shape[-1], _fixed(index)
+                if change == "shuffled":
+                    return by_branch[..., torch.randperm(size, generator=generator).to(output.device)].flatten(-2)
+                noise = torch.randn(branches, size, generator=generator).to(output)
+                return (noise * by_branch.square().mean(-1, keepdim=True).sqrt()).flatten(-2)
+
+            return replace
+
         return [
-            block.band_modulation.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-            for block in transformer.transformer_blocks
+            block.band_modulation.register_forward_hook(replacement(index, len(block.branches)))
+            for index, block in enumerate(transformer.transformer_blocks)
         ]
     now = {}
 
@@ -247,9 +292,7 @@ def _band_gate_handles(transformer: BandGateDiTTransformer2DModel, change: str, 
 def _freq_gate_handles(transformer: FreqGateDiTTransformer2DModel, change: str, num_train_timesteps: int) -> list:
     _, gates = gate_table(transformer, num_train_timesteps, num_train_timesteps)
     table = torch.from_numpy(gates).to(transformer.device, transformer.dtype)  # (T, blocks, D)
-    orders = [
-        torch.randperm(table.shape[-1], generator=torch.Generator().manual_seed(i)) for i in range(table.shape[1])
-    ]
+    orders = [torch.randperm(table.shape[-1], generator=_fixed(index)) for index in range(table.shape[1])]
     now = {}
 
     def keep_timestep(module, args, kwargs):
@@ -265,6 +308,8 @@ def _freq_gate_handles(transformer: FreqGateDiTTransformer2DModel, change: str, 
                 return table[:, index].mean(0).expand_as(output).to(output)
             if change == "shuffled":
                 return output[..., orders[index].to(output.device)]
+            if change == "random":
+                return torch.rand(output.shape[-1], generator=_fixed(index)).to(output).expand_as(output)
             return table[now["mirrored"].round().long(), index].to(output)
 
         return replace

@@ -374,9 +374,9 @@ def band_power(images: Features, mean: Features | None = None, basis: str = "dct
 
     Args:
         images: `(N, C, H, W)` floating point images or latents.
-        mean: `(C, H, W)` to subtract first, the same one for all that is compared, usually the mean real image. The
-            power is then a variance, plus the squared difference of means; without it the lowest band is mostly
-            brightness.
+        mean: `(C, H, W)` to subtract first, the same one for all that is compared, usually the mean real image; or
+            `(N, C, H, W)`, one for each image, such as that of its class. The power is then a variance, plus the
+            squared difference of means; without it the lowest band is mostly brightness.
         basis: "dct", or "fft", which takes the step between opposite edges for content of the image.
 
     Returns:
@@ -395,8 +395,11 @@ def band_power(images: Features, mean: Features | None = None, basis: str = "dct
     _check_finite("images", images)
     if mean is not None:
         mean = torch.as_tensor(mean).to(images.device)
-        if mean.shape != images.shape[1:]:
-            raise ValueError(f"`mean` has shape {tuple(mean.shape)}: pass one image, {tuple(images.shape[1:])}.")
+        if mean.shape not in (images.shape[1:], images.shape):
+            raise ValueError(
+                f"`mean` has shape {tuple(mean.shape)}: pass one image, {tuple(images.shape[1:])}, or one for each of "
+                f"the {len(images)}."
+            )
         images = images - mean
     coefficients = dct2(images) if basis == "dct" else torch.fft.fft2(images.double(), norm="ortho").abs()
     energy = coefficients.cpu().double().square().flatten(start_dim=2)

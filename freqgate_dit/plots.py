@@ -529,20 +529,25 @@ def decided_worlds(worlds: dict[str, dict]):
 
 
 def information_figure(
-    model: Sequence[dict] | None,
-    by_factor: Sequence[dict],
+    of_label: Sequence[dict] | None,
+    by_factor: dict[str, Sequence[dict]],
     data: tuple[Sequence[float], dict[str, np.ndarray], dict[str, float]] | None,
 ):
     """Information about the label over the noise level: what images hold, and what a model's predictions use of it.
 
     Args:
-        model: rows with "log_snr" and the density in each octave, as "1-2 cycles".
-        by_factor: rows with "log_snr" and the density by factor; empty if not known.
-        data: log-SNR `(K,)`; factor -> `(K,)` nats; factor -> level at which it has half of them.
+        of_label: rows with "log_snr", "density" and the density in each octave, as "1-2 cycles"; drawn where there is
+            nothing by factor.
+        by_factor: factor -> such rows; empty if not known.
+        data: log-SNR `(K,)`; `(K,)` nats, by factor and, dotted, by factor where the other is known; and the level at
+            which half of each is.
     """
-    count = (model is not None) + bool(by_factor) + (data is not None)
+    by_octave = {f"Used of {factor}, by octave": rows for factor, rows in by_factor.items()}
+    if of_label and not by_factor:
+        by_octave["Used of the label, by octave"] = of_label
+    count = (data is not None) + bool(by_factor) + len(by_octave)
     columns, rows = min(2, count), math.ceil(count / 2)
-    figure, panels = new_figure(5.2 * columns, 3.6 * rows, rows, columns, squeeze=False)
+    figure, panels = new_figure(4.6 * columns, 3.4 * rows, rows, columns, squeeze=False)
     panels = list(panels.flat)
     for axes in panels[count:]:
         axes.remove()
@@ -550,27 +555,31 @@ def information_figure(
         axes = panels.pop(0)
         levels, curves, half = data
         for index, (factor, nats) in enumerate(curves.items()):
-            axes.plot(levels, nats, color=PALETTE[index], marker="o", ms=3, lw=1.5, label=factor)
-            axes.axvline(half[factor], color=PALETTE[index], ls="--", lw=1)
+            colour, style = PALETTE[index % 2], "-" if index < 2 else ":"
+            axes.plot(levels, nats, color=colour, ls=style, lw=1.6, label=factor if index < 2 else None)
+            if index < 2:
+                axes.axvline(half[factor], color=colour, ls="--", lw=1)
         axes.set(title="In the noisy image (dashed: half of it)", ylabel="known of the factor (nats)")
         axes.legend(frameon=False, fontsize=9)
-    densities = {"Used of one factor, the other known": by_factor, "Used of the label, by octave": model or []}
-    for title, rows in densities.items():
-        if not rows:
-            continue
-        axes = panels.pop(0)
-        rows = sorted(rows, key=lambda row: row["log_snr"])
-        names = [name for name in rows[0] if name not in ("log_snr", "density")]
-        for index, name in enumerate(names):
-            colour = PALETTE[index % len(PALETTE)]
-            axes.plot([row["log_snr"] for row in rows], [row[name] for row in rows], color=colour, lw=1.5, label=name)
-        axes.axhline(0, color="0.4", lw=0.8, ls="--")
-        axes.set(title=title, ylabel="nats per nat of log-SNR")
-        axes.legend(frameon=False, fontsize=8)
+    if by_factor:
+        totals = {factor: [(row["log_snr"], row["density"]) for row in rows] for factor, rows in by_factor.items()}
+        _draw_densities(panels.pop(0), "Used of one factor, the other known", totals)
+    for title, rows in by_octave.items():
+        names = [name for name in rows[0] if name.endswith("cycles")]
+        bands = {name: [(row["log_snr"], row[name]) for row in rows] for name in names}
+        _draw_densities(panels.pop(0), title, bands)
     for axes in figure.axes:
         axes.set_xlabel("log-SNR (left noise, right clean)")
         axes.grid(alpha=0.3)
     return figure
+
+
+def _draw_densities(axes, title: str, curves: dict[str, list[tuple[float, float]]]):
+    for index, (name, points) in enumerate(curves.items()):
+        axes.plot(*zip(*sorted(points)), color=PALETTE[index % len(PALETTE)], lw=1.5, label=name)
+    axes.axhline(0, color="0.4", lw=0.8, ls="--")
+    axes.set(title=title, ylabel="nats per nat of log-SNR")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def worlds_figure(log_snr: Sequence[float], worlds: dict[str, dict]):
@@ -578,13 +587,17 @@ def worlds_figure(log_snr: Sequence[float], worlds: dict[str, dict]):
 
     Args:
         log_snr: `(K,)`.
-        worlds: name -> "nats", factor -> `(K,)`, and "half", factor -> level at which half of them is there or `None`.
+        worlds: name -> "nats", factor -> `(K,)`, two factors and then, dotted, each where the other is known; and
+            "half", factor -> level at which half of them is there or `None`.
     """
     columns = min(3, len(worlds))
     rows = math.ceil(len(worlds) / columns)
     figure, panels = new_figure(2.4 * columns + 0.8, 2.3 * rows + 0.5, rows, columns, sharey=True, squeeze=False)
     for axes, (world, found) in zip(panels.flat, worlds.items()):
         for index, (factor, nats) in enumerate(found["nats"].items()):
+            if index > 1:
+                axes.plot(log_snr, nats, color=PALETTE[index % 2], lw=1.2, ls=":")
+                continue
             axes.plot(log_snr, nats, color=PALETTE[index], lw=1.6, label=factor)
             if found["half"][factor] is not None:
                 axes.axvline(found["half"][factor], color=PALETTE[index], ls="--", lw=1)

@@ -68,7 +68,8 @@ class DenoisingTrace:
     Args:
         space: "latent": what the scheduler steps; "pixel": images in [-1, 1].
         basis: "dct" or "fft", see `metrics.band_power`.
-        mean: `(C, H, W)`, the data's mean, which is no part of the power; by default none is subtracted.
+        mean: `(C, H, W)`, the data's mean, or `(N, C, H, W)`, of each image's class, which is no part of the power; by
+            default none is subtracted.
 
     Attributes:
         timesteps: `(steps,)`, at which the network was asked.

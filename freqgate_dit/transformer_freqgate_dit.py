@@ -712,6 +712,8 @@ class Recorder:
     """What `inspect()` yields: `records`, filled while the model runs, and `truncated` once `max_bytes` is reached."""
 
     max_bytes: int
+    kinds: tuple[str, ...]
+    num_blocks: int
     records: list[Record] = field(default_factory=list)
     truncated: bool = False
     _call: int = -1
@@ -735,7 +737,15 @@ class Recorder:
         self.records.append(Record(kind, block, self._call, self._timestep, value.detach().to("cpu", copy=True)))
 
     def select(self, kind: str, block: int | None = None) -> list[Record]:
-        """The records of one kind (and block), in the order in which they were made."""
+        """The records of one kind (and block), in the order in which they were made.
+
+        Raises:
+            ValueError: for a kind that is not recorded, or a block that the model does not have.
+        """
+        if kind not in self.kinds:
+            raise ValueError(f"`kind` ({kind!r}) is not recorded: choose from {', '.join(self.kinds)}.")
+        if block is not None and block not in range(self.num_blocks):
+            raise ValueError(f"`block` ({block!r}): the model has blocks 0 to {self.num_blocks - 1}.")
         return [r for r in self.records if r.kind == kind and block in (None, r.block)]
 
 
@@ -1298,7 +1308,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             if kind not in available:
                 raise ValueError(f"{type(self).__name__} has no {kind!r} to inspect: choose from {available}.")
         kinds = kinds or tuple(inspectable) or available
-        recorder = Recorder(max_bytes)
+        recorder = Recorder(max_bytes, kinds, len(self.transformer_blocks))
         handles, processors = [], []
 
         def start_call(module, args, kwargs):

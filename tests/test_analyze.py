@@ -11,13 +11,18 @@ from components import build_pipeline, make_pipeline, tiny_transformer, tiny_vae
 from diffusers import DDPMScheduler
 from test_decisions import ROWS, deciding_pipeline, read
 
-from freqgate_dit.analysis import gate_statistics, spectral_gate_table, wiener_gain
+from freqgate_dit.analysis import band_gain_table, gate_statistics, spectral_gate_table, wiener_gain
+from freqgate_dit.metrics import band_power
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
+from freqgate_dit.plots import decibel
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
 from freqgate_dit.statistics import Bootstrap
 from freqgate_dit.training import factor_classifier, information, judges
 from freqgate_dit.training.analyze import main
 from freqgate_dit.training.decisions import LabelSwaps
 from freqgate_dit.training.report import (
+    OPTIONS,
+    SECTIONS,
     Subject,
     decision_section,
     decisions,
@@ -25,11 +30,12 @@ from freqgate_dit.training.report import (
     intervention_section,
     trace_section,
 )
-from freqgate_dit.training.report.interventions import dissociation
+from freqgate_dit.training.report.interventions import difference, dissociation, division
 from freqgate_dit.training.report.order import order_of
 from freqgate_dit.training.report.page import Section, keep_section, render_page
 
 
+SURE = {"structure": 1.0, "texture": 1.0}
 SMALL = ["--images", "4", "--steps", "4", "--pairs", "3", "--levels", "3", "--cpu_threads", "1"]
 
 
@@ -83,8 +89,8 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_judges):
     assert rows["none"]["change_0-1"] == 0 < rows["no condition"]["change_0-1"]
     assert rows["none"]["held_out_loss"] != rows["gate one"]["held_out_loss"]
 
-    # The weights are random: no image shows a label's factors, and the report says so.
-    assert "No level can be given: only" in printed.out
+    # The judge has seen one batch, and the weights are random: no image shows a label's factors. The report says so.
+    assert "Left out: the classifier that reads the images is right in" in printed.out
     assert "it says little, as the unchanged model is right in" in printed.out
     assert (
         "<h2>In short</h2>" in page
@@ -101,6 +107,10 @@ def test_a_report_of_a_gated_model(tmp_path, capsys, quick_judges):
     main(words)
     assert capsys.readouterr().out.count("unchanged, kept") == 5
     assert (out / "sections/order/section.json").stat().st_mtime_ns == before
+    # Another number of pairs: the one section that reads it.
+    main([*words, "--pairs", "4"])
+    printed = capsys.readouterr().out
+    assert printed.count("unchanged, kept") == 4 and "decisions: measured" in printed
     main([*words, "--sections", "order", "--seed", "1"])
     assert "order: measured" in capsys.readouterr().out
     assert (out / "report.html").read_text().count("<h2>") == 2 and (out / "sections/gates/gates.json").exists()
@@ -129,9 +139,9 @@ def test_decoded_images_of_the_built_in_data_are_compared_with_its_own(tmp_path)
     images = ShapesTextures(1024, 32, "mod", split="train").images(range(1024)).float() / 127.5 - 1
     assert torch.allclose(mean.float(), images.mean(0), atol=1e-4)
     assert power.shape == (5,) and source == "1,024 images of the training data"
-    reading = trace_section(subject).reading
-    for what in ("latent", "image"):
-        assert sum(f"At the end the octaves of the {what} have" in paragraph for paragraph in reading) == 1
+    captions = trace_section(subject).captions
+    for space, what in (("latents", "latent"), ("pixels", "image")):
+        assert f"At the end the octaves of the {what} have" in captions[f"trace_of_{space}"]
 
 
 def test_a_report_of_an_unconditional_model(tmp_path, capsys):
@@ -176,7 +186,8 @@ def test_a_band_gate_is_read():
     section = intervention_section(subject)
     names = [row["intervention"] for row in section.tables["interventions"]]
     paths = [f"{what} condition in {path}" for what in ("no", "other") for path in ("low", "high")]
-    assert names == ["none", "no condition", *paths, "gate zero", "gate mean", "gate reversed"]
+    changes = ("zero", "half", "mean", "reversed", "shuffled", "random")
+    assert names == ["none", "no condition", *paths, *(f"gate {change}" for change in changes)]
     tables = gate_section(subject).tables
     gains, curves = tables["gains"], tables["gain_curves"]
     assert {row["branch"] for row in gains} == {"attention", "mlp"}
@@ -197,19 +208,26 @@ def test_band_gate_without_band_gates_has_none_to_read():
 
 def test_decisions_of_a_network_that_decides_at_known_levels():
     subject = Subject(deciding_pipeline(), "mod", num_pairs=16, num_levels=20, steps=40)
-    subject.classifier = (read, {})
+    subject.classifier = (read, SURE)
     subject.data_information = ([], {}, {"structure": -1.0, "texture": -1.0 + ROWS["texture"] - ROWS["structure"]})
     section = decision_section(subject)
-    assert set(section.figures) == {"label_swap", "label_insertion", "label_withdrawal"} and len(section.reading) == 3
+    assert set(section.figures) == {"label_swap", "label_insertion", "label_withdrawal"} == set(section.captions)
+    assert len(section.reading) == 4 and "right in 100.0% of structures" in section.reading[0]
     for row in section.tables["levels"]:
         assert row["world"] == "mod" and row["of_data"] == pytest.approx(ROWS["texture"] - ROWS["structure"])
         assert row["structure"] == pytest.approx(ROWS["structure"], abs=0.8)
         assert row["texture"] == pytest.approx(ROWS["texture"], abs=0.8) and 1 < row["low"] <= row["high"]
-    assert "Found: texture after structure. That is as predicted for the world 'mod'" in section.reading[1]
-    assert "the model's order is the data's" in section.reading[2]
-    assert [claim["verdict"] for claim in section.claims] == ["supported", "supported"]
+        caption = section.captions[f"label_{row['kind']}"]
+        assert f"Structure turns at a log-SNR of {row['structure']:+.2f}, texture at {row['texture']:+.2f}" in caption
+        assert f"later than structure: {row['difference']:+.2f} (95 % {row['low']:+.2f}" in caption
+    assert "Found: texture after structure. That is as predicted for the world 'mod'" in section.reading[2]
+    assert "the exchange finds the same" in section.reading[3]
+    assert [claim["verdict"] for claim in section.claims] == ["supported"]
     subject.world = "reversed"
-    assert "That is other than predicted for the world 'reversed'" in decision_section(subject).reading[1]
+    assert "That is other than predicted for the world 'reversed'" in decision_section(subject).reading[2]
+    subject.classifier = (read, {**SURE, "texture": 0.96})
+    section = decision_section(subject)
+    assert "right in 100.0% of structures and 96.0% of textures" in section.reading[0] and not section.tables
 
 
 def test_the_dissociation_index_of_known_tables():
@@ -217,15 +235,27 @@ def test_the_dissociation_index_of_known_tables():
 
     def tables(low, high):
         names = ("structure", "texture")
-        return {
-            "none": dict.fromkeys(names, right),
-            "no condition in low": dict(zip(names, low)),
-            "no condition in high": dict(zip(names, high)),
-        }
+        whole = dict.fromkeys(names, right)
+        return {path: difference(whole, dict(zip(names, shown))) for path, shown in (("low", low), ("high", high))}
 
     assert dissociation(tables((wrong, right), (right, wrong)), 10).estimate == 1
     assert dissociation(tables((right, wrong), (wrong, right)), 10).estimate == -1
     assert dissociation(tables((wrong, wrong), (wrong, wrong)), 10).estimate == 0
+    half = dissociation(tables((wrong, right), (right, right)), 10)
+    assert half.estimate == half.low == half.high == 0.5
+    rng = np.random.default_rng(0)
+    mixed = tables((rng.random(40) < 0.5, right), (right, rng.random(40) < 0.5))
+    index = dissociation(mixed)
+    contrast = [mixed[path]["structure"] - mixed[path]["texture"] for path in ("low", "high")]
+    expected = (contrast[0].mean() - contrast[1].mean()) / 2
+    assert index.estimate == pytest.approx(expected) and index.low < expected < index.high
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict", [(0.2, 0.5, 1), (-0.5, -0.2, -1), (-0.05, 0.05, 0), (-0.2, 0.05, None), (0.05, 0.2, None)]
+)
+def test_a_division_is_found_only_where_the_interval_says_so(low, high, verdict):
+    assert division(Bootstrap((low + high) / 2, 0.1, low, high, 0.0, 0.95, 10)) is verdict
 
 
 def test_gate_statistics_do_not_know_which_path_is_low():
@@ -277,11 +307,91 @@ def test_a_learned_spectral_gate_is_read():
 
     section = gate_section(Subject(make_pipeline(transformer), None))
     assert "have no gates over time" in section.reading[0]
-    assert "The learned spectral gate is half open later than the Wiener gate by" in section.reading[-1]
-    assert f"+0.00, +0.00, {moved[0]['half_open_shift']:+.2f}, +0.00" in section.reading[-1]  # by ring
+    caption = section.captions["spectral_gate"]
+    assert "The learned spectral gate is half open later than the Wiener gate by" in caption
+    assert f"+0.00, +0.00, {moved[0]['half_open_shift']:+.2f}, +0.00" in caption  # by ring
     assert "spectral_gate" in section.figures
     with pytest.raises(ValueError, match="preconditioning None; only 'learned'"):
         spectral_gate_table(tiny_transformer("adaln_zero"))
+
+
+def test_each_section_is_made_anew_for_the_options_that_it_reads_alone(tmp_path, quick_judges, monkeypatch):
+    """What is declared in `OPTIONS` is what a section reads."""
+    read, chosen = set(), {name for names in OPTIONS.values() for name in names}
+    get = Subject.__getattribute__
+
+    def recorded(self, name):
+        if name in chosen:
+            read.add(name)
+        return get(self, name)
+
+    pipe = FreqGateDiTPipeline.from_pretrained(
+        built_in_pipeline(tmp_path / "pipeline", "band_gate", preconditioning="learned", prediction_type="epsilon")
+    )
+    subject = Subject(pipe, "mod", 4, 4, 3, 3, batch_size=4, cache_dir=quick_judges[1])
+    subject.classifier = (subject.classifier[0], SURE)
+    monkeypatch.setattr(Subject, "__getattribute__", recorded)
+    for name, make in SECTIONS.items():
+        read.clear()
+        section = make(subject)
+        assert set(section.captions) == set(section.figures)
+        assert read - {"prompts"} == set(OPTIONS[name]) - {"prompts"}
+
+
+def test_numbers_that_are_not_finite_are_dashes(tmp_path):
+    rows = [{"x": float("nan"), "y": 1.0}, {"x": 2.0, "y": float("inf")}]
+    section, _ = keep_section(tmp_path / "s", "key", lambda: Section("T", [], tables={"t": rows}, shown=("t",)))
+    assert section.tables["t"] == [{"x": None, "y": 1.0}, {"x": 2.0, "y": None}]
+    assert json.loads((tmp_path / "s/t.json").read_text()) == section.tables["t"]
+    assert pyarrow.parquet.read_table(tmp_path / "s/t.parquet").to_pylist() == section.tables["t"]
+    assert "<td>-</td>" in render_page("T", [], [section]) and "nan" not in render_page("T", [], [section])
+
+
+def test_a_model_without_a_null_condition_is_read_over_its_classes():
+    options = {"in_channels": 3, "sample_size": 32, "patch_size": 4}
+    pipe = make_pipeline(tiny_transformer("band_gate", **options), class_dropout_prob=0.0)
+    subject = Subject(pipe, None, num_images=3, steps=3)
+    section = intervention_section(subject)
+    names = [row["intervention"] for row in section.tables["interventions"]]
+    assert names[1:3] == ["other condition in low", "other condition in high"]
+    assert not any("no condition" in name for name in names) and "hybrids" in section.figures
+    assert "left out: the model was trained without a null condition" in section.reading[0]
+    section = gate_section(subject)
+    assert section.claims[0]["claim"].startswith("On average over classes the low band gives way")
+    _, low, high = zip(*(band_gain_table(pipe.transformer, label=label) for label in range(3)))
+    expected = decibel(np.mean(low, axis=0), np.mean(high, axis=0))
+    assert section.tables["gains"][0]["low_over_high_dB_clean"] == pytest.approx(expected[0, 0, 0])
+
+
+def test_the_order_is_of_what_the_label_does_not_tell():
+    """A model that draws the mean image of the class from the start, and nothing else, makes no octave."""
+    pipe = deciding_pipeline()
+    subject = Subject(pipe, "mod", num_images=64, steps=4)
+    subject.spectrum_around_classes = None
+    subject.data_spectrum = (torch.zeros(3, 16, 16), torch.ones(4), "nothing")
+    whole = trace_section(subject).tables["trace"]
+    subject = Subject(pipe, "mod", num_images=64, steps=4)
+    images = pipe(list(range(64)), seed=list(range(64)), **subject.options(output_type="latent")).images
+    subject.spectrum_around_classes = (images, torch.ones(4), "these images")
+    section = trace_section(subject)
+    assert "difference from the mean image of the class" in section.reading[0]
+    assert max(row["predicted_power"] for row in whole[-4:]) > 0.01
+    assert all(row["predicted_power"] < 1e-6 for row in section.tables["trace"][-4:])
+    linear = [row for row in section.tables["arrival"] if row["class"] == "linear denoiser"]
+    assert [row["0-1 cycles"] for row in linear] == pytest.approx([0, np.log(9)])
+    groups = [row["class"] for row in section.tables["arrival"][:-2:2]]
+    assert groups == ["all", *STRUCTURES, *TEXTURES]
+
+
+def test_the_spectrum_around_classes_is_without_their_means():
+    transformer = tiny_transformer(num_classes=64, in_channels=3, sample_size=32, patch_size=8)
+    subject = Subject(make_pipeline(transformer), "mod")
+    means, power, _ = subject.spectrum_around_classes
+    images, labels = subject.real_images(64 * 32, "validation")
+    fresh = band_power(images, means[labels]).mean((0, 1))
+    assert means.shape == (64, 3, 32, 32) and power.shape == (5,)
+    np.testing.assert_allclose(power, fresh, rtol=0.1)
+    assert (power < subject.data_spectrum[1]).all()
 
 
 def test_a_section_is_made_anew_for_another_key(tmp_path):
@@ -334,7 +444,11 @@ def test_built_in_data_without_its_labels(tmp_path, capsys):
     )
     (tmp_path / "pipeline/training_config.yaml").write_text("dataset: shapes_textures\nworld: mod\n")
     main(["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "report"), *SMALL])
-    assert "Left out: this needs labels whose factors are known" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Left out: this needs labels whose factors are known" in printed
+    assert printed.count("this pipeline was trained on that data without its labels") == 2
+    assert "as known from 1,024 images of the training data" in printed  # spectra are still compared
+    assert json.loads((tmp_path / "report/report.json").read_text())["world"] == "mod"
 
 
 def test_the_world_of_a_pipeline_whose_configuration_is_lost(tmp_path, capsys):
@@ -347,9 +461,9 @@ def test_the_world_of_a_pipeline_whose_configuration_is_lost(tmp_path, capsys):
         main([*words, "--world", "add"])
     (folder / "training_config.yaml").unlink()
     main(words)
-    assert "1,024 images of the training data" not in capsys.readouterr().out
+    assert "images of the training data" not in capsys.readouterr().out
     main([*words, "--world", "add"])
-    assert "1,024 images of the training data" in capsys.readouterr().out
+    assert "8,192 images of the training data" in capsys.readouterr().out
 
     make_pipeline(tiny_transformer(num_classes=3, in_channels=3)).save_pretrained(tmp_path / "three")
     with pytest.raises(SystemExit, match="built-in data has 64 classes, this pipeline 3"):
@@ -389,7 +503,7 @@ def test_the_order_is_read_from_the_levels(arrival, said):
             1.6,
             "texture after structure. That is as predicted",
             "supported",
-            "the model's order is the data's. What",
+            "finds the same. In size",
         ),
         (1.8, 2.4, "texture after structure. That is as predicted", "supported", "later still"),
         (1.5, 2.4, "texture after structure. That is as predicted", "supported", "is undecided"),  # by 0.25 to 1.15
@@ -404,11 +518,8 @@ def test_what_an_exchange_of_labels_shows(low, high, said, verdict, compared):
     subject.data_information = ([], {}, {"structure": -1.0, "texture": 0.25})
     difference = Bootstrap((low + high) / 2, 0.1, low, high, 0.0, 0.95, 10)
     decisions._read_swap(section, subject, ROWS, difference)
-    assert said in section.reading[1] and section.claims[0]["verdict"] == verdict
+    assert said in section.reading[1] and [claim["verdict"] for claim in section.claims] == [verdict]
     assert "tell the two apart by +1.25" in section.reading[2] and compared in section.reading[2]
-    verdicts = {"undecided": "undecided", "is undecided": "undecided"}
-    verdicts["the model's order is the data's. What"] = "supported"
-    assert section.claims[1]["verdict"] == verdicts.get(compared, "not supported")
 
 
 @pytest.mark.parametrize(
@@ -440,10 +551,10 @@ def test_where_the_level_of_the_exchange_changes_nothing_no_level_is_given(answe
 
     monkeypatch.setattr(decisions, "swap_labels", unmoved)
     subject = Subject(deciding_pipeline(), "mod")
-    subject.classifier = (read, {})
+    subject.classifier = (read, SURE)
     section = decision_section(subject)
-    assert said in section.reading[0] and not section.tables and not section.claims
-    assert section.reading[0] in render_page("T", [], [section])
+    assert said in section.reading[1] and not section.tables and not section.claims
+    assert section.reading[1] in render_page("T", [], [section])
 
 
 def test_claims_reach_the_card(tmp_path, capsys):
@@ -475,5 +586,6 @@ def test_the_control_of_band_gate_is_not_read_as_frequencies():
     options = {"band_basis": "random", "band_branches": "attention"}
     pipe = make_pipeline(tiny_transformer("band_gate", in_channels=3, sample_size=32, patch_size=4, **options))
     section = gate_section(Subject(pipe, None))
-    assert "random directions" in section.reading[0] and "by construction" not in section.reading[0]
+    caption = section.captions["band_gains"]
+    assert "random directions" in caption and "by construction" not in caption
     assert {row["branch"] for row in section.tables["gains"]} == {"attention"}

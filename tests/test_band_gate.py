@@ -204,6 +204,11 @@ def test_the_gains_of_a_class_are_its_own():
     null, first, second = (band_gain_table(model, 5, label)[1] for label in (None, 0, 1))
     assert abs(first - second).max() > 1e-3 and abs(first - null).max() > 1e-3
     np.testing.assert_array_equal(null, band_gain_table(model, 5, model.config.num_classes)[1])
+    for label in (-1, 4, "cat"):
+        with pytest.raises(ValueError, match=f"`label` .{label!r}. is no class of this model: give one from 0 to 3"):
+            band_gain_table(model, 5, label)
+    with pytest.raises(ValueError, match="the model has no classes"):
+        band_gain_table(tiny_transformer("band_gate", num_classes=None), 5, 0)
 
 
 def test_a_branch_that_follows_the_visibility_of_the_bands_is_told_from_one_that_opposes_it():
@@ -212,8 +217,13 @@ def test_a_branch_that_follows_the_visibility_of_the_bands_is_told_from_one_that
     model.set_spectrum(torch.zeros(4, 8, 8), power, torch.linspace(0.999, 0.001, 1000))
     timesteps = np.linspace(0, 999, 9, dtype=np.float32)
     visibility = band_visibility(model, timesteps)
-    # In noise as their powers (40 dB, less what of the low band leaks into the high one), of clean data alike.
-    assert (np.diff(visibility) > 0).all() and visibility[0] < 1 and 15 < visibility[-1] < 40
+    # In noise as their powers (80 dB as amplitudes, less what of the low band leaks into the high one), of clean data
+    # alike.
+    # Gains are factors of amplitudes: a branch with the gains of Wiener's filter has a slope of 1.
+    assert (np.diff(visibility) > 0).all() and visibility[0] < 2 and 30 < visibility[-1] < 80
+    known = model.known_of(torch.zeros(9, 4, 8, 8), torch.from_numpy(timesteps))
+    low, high = model.band_clocks(known).detach().double().numpy().T
+    np.testing.assert_allclose(visibility, 20 * np.log10(low / high))
     ratio = np.stack([2 * visibility + 1, -visibility], axis=-1)[:, None]  # (T, 1 block, 2 branches)
     by_class = np.stack([ratio - 3, ratio + 3])
     rows = band_gain_statistics(ratio, -timesteps, visibility, by_class)

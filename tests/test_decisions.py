@@ -9,6 +9,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import log_snr
 from freqgate_dit.training.decisions import LabelSwaps, factors, label_pairs, logistic_level, swap_labels
+from freqgate_dit.training.factor_classifier import FactorClassifier
 
 
 X = np.linspace(-8, 6, 15)
@@ -103,6 +104,12 @@ def test_a_network_that_decides_at_known_levels(kind):
 def test_what_cannot_be_swapped():
     with pytest.raises(ValueError, match="the pipeline has 3 classes"):
         swap_labels(make_pipeline(), read)
+    judge = FactorClassifier()
+    judge.world = "add"
+    with pytest.raises(
+        ValueError, match="`classifier` was trained on images of the world 'add', the pipeline on 'mod'"
+    ):
+        swap_labels(deciding_pipeline(), judge, world="mod")
     for options, message in (({"kind": "exchange"}, "`kind`"), ({"num_levels": 31}, r"`num_levels` \(31\)")):
         with pytest.raises(ValueError, match=message):
             swap_labels(deciding_pipeline(), read, **options)

@@ -10,7 +10,7 @@ from freqgate_dit.statistics import paired_difference
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-FACTS = {"variant": "freq_gate", "world": "mod", "freqgate_dit": "1.0"}
+FACTS = {"variant": "freq_gate", "world": "mod", "config": {"rank": 4}, "freqgate_dit": "1.0"}
 FACTORS = ("structure", "texture")
 
 
@@ -25,13 +25,18 @@ def write(tmp_path):
     """Write a report with these tables."""
 
     def write(name, facts=FACTS, **tables):
-        folder = tmp_path / name
+        folder, number = tmp_path / name, len(list(tmp_path.iterdir()))
         folder.mkdir()
+        own = {
+            "training": {"seed": number, "max_steps": 10},
+            "checkpoint": f"sha{number}",
+            "seconds": {"order": number},
+        }
         for table, rows in tables.items():
             path = folder / "sections" / f"{table.replace('__', '/')}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(rows))
-        (folder / "report.json").write_text(json.dumps(facts))
+        (folder / "report.json").write_text(json.dumps({**own, **facts}))
         return folder
 
     return write
@@ -44,9 +49,10 @@ def level(structure, texture, kind="swap", of_data=1.5):
 
 
 def use(structure, texture):
-    rows = [{"of": "label", "nats": 8.0, "entropy": 4.0, "half_at_log_snr": None}]
+    rows = [{"of": "label", "nats": 8.0, "entropy": 4.0, "half_at_log_snr": None, "half_of_entropy_at_log_snr": None}]
     for factor, at in zip(FACTORS, (structure, texture)):
         rows.append({"of": f"{factor}, the other factor known", "nats": 3.0, "entropy": 2.0, "half_at_log_snr": at})
+        rows[-1]["half_of_entropy_at_log_snr"] = None if at is None else at - 0.5
     return rows
 
 
@@ -69,7 +75,7 @@ class TestOneRecipe:
                         "structure_right": 0.5,
                     },
                 ],
-                interventions__dissociation=[{"index": 0.1 * seed, "low": -1.0, "high": 1.0}],
+                interventions__dissociation=[{"by": "other condition", "index": 0.1 * seed, "low": -1.0, "high": 1.0}],
             )
             for seed, (before, after) in enumerate(losses)
         ]
@@ -80,28 +86,49 @@ class TestOneRecipe:
         assert found["information_over_entropy"]["label"]["by_seed"] == [2.0] * 3
         assert found["half_of_the_use_at"].keys() == {f"{factor}, the other factor known" for factor in FACTORS}
         assert found["half_of_the_use_at"]["structure, the other factor known"]["by_seed"] == [-3, -2, -1]
+        assert found["half_is_used_at"]["structure, the other factor known"]["by_seed"] == [-3.5, -2.5, -1.5]
         assert found["levels"]["swap"]["difference"]["by_seed"] == [2, 3, 4]
         assert found["levels"]["insertion"]["difference"]["mean"] == 0
         assert found["loss_change_percent"]["gate mean"]["by_seed"] == pytest.approx([50, 25, 0])
         assert found["effects"] == {"gate mean": {"change_0-1": [0.0, 0.1, 0.2]}}
         assert found["right"]["gate mean"]["structure_right"]["mean"] == 0.5
         expected = paired_difference([0.0, 0.1, 0.2], [0.0] * 3)
-        assert found["dissociation"]["mean"] == pytest.approx(0.1) and found["dissociation"]["low"] == expected.low
+        index = found["dissociation"]["other condition"]
+        assert index["mean"] == pytest.approx(0.1) and index["low"] == expected.low and len(index["intervals"]) == 3
+        assert found["protocol"]["training"] == {"seed": [0, 1, 2], "max_steps": 10}
+        assert found["protocol"]["checkpoints"] == ["sha0", "sha1", "sha2"] and "seconds" not in found["protocol"]
         assert "gains" not in found and "arrival" not in found
 
     def test_what_one_report_lacks_is_left_out(self, script, write):
         whole = write(
             "whole",
-            decisions__levels=[level(-1.0, 1.0)],
-            interventions__dissociation=[{"index": 0.1, "low": 0.0, "high": 1.0}],
+            decisions__levels=[level(-1.0, 1.0), level(10.0, 1.0, "insertion"), level(0.0, 3.0, "withdrawal")],
+            interventions__dissociation=[{"by": "other condition", "index": 0.1, "low": 0.0, "high": 1.0}],
         )
-        found = script("analysis_findings").collect([whole, write("without", decisions__levels=[level(0.0, 1.0)])])
-        assert found.keys() == {"reports", "levels"}
+        # A kind of exchange that tells no level has no row: those that are there are joined by name.
+        other = write("without", decisions__levels=[level(0.0, 1.0), level(2.0, 5.0, "withdrawal")])
+        found = script("analysis_findings").collect([whole, other])
+        assert found.keys() == {"reports", "protocol", "levels"}
+        assert found["levels"].keys() == {"swap", "withdrawal"}
+        assert found["levels"]["withdrawal"]["structure"]["by_seed"] == [0, 2]
 
-    @pytest.mark.parametrize("name, other", [("variant", "band_gate"), ("world", "add"), ("freqgate_dit", "0.9")])
+    @pytest.mark.parametrize(
+        "name, other",
+        [
+            ("variant", "band_gate"),
+            ("world", "add"),
+            ("config", {"rank": 8}),
+            ("training", {"seed": 1, "max_steps": 20}),
+            ("freqgate_dit", "0.9"),
+        ],
+    )
     def test_reports_of_several_recipes_are_refused(self, script, write, name, other):
-        with pytest.raises(SystemExit, match=f"differ in {name}"):
+        with pytest.raises(SystemExit, match=f"they differ in {name}: "):
             script("analysis_findings").collect([write("one"), write("two", {**FACTS, name: other})])
+
+    def test_one_model_is_not_two_seeds(self, script, write):
+        with pytest.raises(SystemExit, match="the same weights twice"):
+            script("analysis_findings").collect([write("one"), write("two", {**FACTS, "checkpoint": "sha0"})])
 
     def test_a_folder_that_is_no_report_is_refused(self, script, tmp_path):
         with pytest.raises(SystemExit, match="no_report, which has no report.json"):

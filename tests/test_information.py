@@ -39,6 +39,8 @@ def test_the_level_of_half_the_information():
     levels = np.linspace(-4, 4, 9)
     assert half_level(levels, np.where(levels < 0, 0.0, math.log(8))) == pytest.approx(-0.5)
     assert half_level(levels, np.linspace(0, 2, 9), whole=2.0) == pytest.approx(0)
+    # What is forgotten again was not known.
+    assert half_level(levels, np.array([0, 2, 0, 0, 0, 2, 2, 2, 2.0]), whole=2.0) == pytest.approx(0.5)
     # A classifier that never knows all of it is not thereby one that knows it earlier.
     assert half_level(levels, np.linspace(0, 2, 9).clip(max=1.5), whole=2.0) == pytest.approx(0)
     assert math.isnan(half_level(levels, np.full(9, 1.0)))  # half of ln 8 is known at no level
@@ -166,7 +168,11 @@ class TestDensity:
         ceiling, structure, texture = section.tables["ceiling"]
         assert structure["entropy"] == texture["entropy"] == math.log(8)
         assert f"{structure['nats']:.2f} [" in section.reading[1] and "of structure" in section.claims[1]["evidence"]
-        assert len(section.tables["information_of_the_model_by_factor"]) == 20
+        by_factor = section.tables["information_of_the_model_by_factor"]
+        assert [row["of"] for row in by_factor] == ["structure"] * 20 + ["texture"] * 20
+        for row in by_factor:
+            bands = sum(value for name, value in row.items() if name.endswith("cycles"))
+            assert bands == pytest.approx(row["density"], rel=1e-6, abs=1e-6)
         for use in (ceiling, structure, texture):
             spread = 2 * use["standard_error"]
             told = is_possible(use["nats"] - spread, use["nats"] + spread, use["entropy"])

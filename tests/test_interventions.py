@@ -121,6 +121,62 @@ def test_band_gate_without_its_band_gates():
     assert torch.equal(changed, run(model)) and not torch.equal(changed, run(tiny_transformer("band_gate")))
 
 
+@pytest.mark.parametrize("branches", ["both", "attention"])
+def test_other_band_gates(branches):
+    model = tiny_transformer("band_gate", band_branches=branches)
+    plain = run(model)
+
+    def gates(*change):
+        seen = []
+        with ExitStack() as contexts:
+            if change:
+                contexts.enter_context(changed_gate(model, *change))
+            for block in model.transformer_blocks:  # after the change's own
+                handle = block.band_modulation.register_forward_hook(lambda *args: seen.append(args[2]))
+                contexts.callback(handle.remove)
+            changed = run(model)
+        assert not change or (changed - plain).abs().max() > 1e-4
+        return torch.stack(seen).unflatten(-1, (len(block.branches), -1))  # (blocks, B, 1, branches, D)
+
+    own = gates()
+    assert torch.allclose(gates("half"), own / 2)
+    shuffled, random = gates("shuffled"), gates("random")
+    assert torch.equal(shuffled.sort(dim=-1).values, own.sort(dim=-1).values) and not torch.equal(shuffled, own)
+    # As large as its own on average, and the same direction for all samples.
+    size = own.square().mean(-1, keepdim=True).sqrt()
+    assert float(random.square().mean()) == pytest.approx(float(own.square().mean()), rel=0.5)
+    assert torch.allclose((random / size)[:, :1].expand_as(own), random / size, atol=1e-5)
+    assert torch.equal(random, gates("random")) and torch.equal(run(model), plain)
+
+
+def test_the_random_gate_is_a_constant_per_channel():
+    model, seen = tiny_transformer("freq_gate"), []
+    with changed_gate(model, "random"):
+        handle = model.transformer_blocks[0].gate.register_forward_hook(lambda *args: seen.append(args[2]))
+        run(model, timestep=10)
+        run(model, timestep=900)
+        handle.remove()
+    assert torch.equal(seen[0], seen[1]) and 0.3 < seen[0].mean() < 0.7 and seen[0][0].unique().numel() > 10
+
+
+@pytest.mark.parametrize("variant", ["adaln_zero", "freq_gate", "band_gate"])
+def test_a_learned_spectral_gate_as_it_was_before_training(variant):
+    options = {"preconditioning": "learned", "prediction_type": "epsilon"}
+    model, wiener = (
+        tiny_transformer(variant, **options),
+        tiny_transformer(variant, **{**options, "preconditioning": "wiener"}),
+    )
+    wiener.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        model.preconditioner.slope.fill_(0.2)
+        model.preconditioner.offset.fill_(-1.0)
+    plain = run(model)
+    assert "wiener" in gate_changes(model) and "wiener" not in gate_changes(wiener)
+    with changed_gate(model, "wiener"):
+        torch.testing.assert_close(run(model), run(wiener))
+    assert torch.equal(run(model), plain) and not torch.equal(plain, run(wiener))
+
+
 @pytest.mark.parametrize("drive", ["both", "time"])
 def test_band_gates_of_another_time_are_those_of_the_same_label_then(drive):
     model = tiny_transformer("band_gate", band_drive=drive)
@@ -159,9 +215,10 @@ def test_what_a_model_does_not_have():
     gated = tiny_transformer("band_gate", band_drive="time")
     with pytest.raises(ValueError, match="has no such path"), labels_in_path(gated, "low", 0):
         pass
-    with pytest.raises(ValueError, match=r"`change` \('half'\): .* has zero, mean, rev"), changed_gate(gated, "half"):
+    with pytest.raises(ValueError, match=r"`change` \('one'\): .* has zero, half, mean"), changed_gate(gated, "one"):
         pass
-    assert gate_changes(tiny_transformer("band_gate", band_drive="class")) == ("zero",)
+    of_class = tiny_transformer("band_gate", band_drive="class")
+    assert gate_changes(of_class) == ("zero", "half", "shuffled", "random")
     unconditional = tiny_transformer("adaln_zero", num_classes=None)
     with pytest.raises(ValueError, match="not conditioned on classes"), labels_from(unconditional, 0, 0.0, ALPHAS):
         pass

@@ -26,6 +26,7 @@ def test_a_judge_is_trained_once_for_each_world_and_image_size(tmp_path, trained
     judge, accuracy = factor_judge("add", 32, tmp_path)
     kept, kept_accuracy = factor_judge("add", 32, tmp_path)
     assert trained == ["train_factor_classifier"] and not kept.training
+    assert judge.world == kept.world == "add"
     assert accuracy.keys() == {"structure", "texture"} and kept_accuracy == accuracy
     assert all(torch.equal(one, other) for one, other in zip(judge(images), kept(images), strict=True))
     of_noise = noise_judge("add", 32, tmp_path)

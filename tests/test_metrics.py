@@ -432,6 +432,8 @@ def test_band_power_is_the_mean_of_squared_coefficients():
     assert torch.equal(torch.cat([band_power(images[:2]), band_power(images[2:])]), powers)
     torch.testing.assert_close(band_power(images.float().numpy()), powers, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(band_power(images + 7, mean=torch.full((2, 8, 6), 7)), powers)
+    own = torch.arange(len(images)).view(-1, 1, 1, 1).expand(images.shape).float()
+    torch.testing.assert_close(band_power(images + own, mean=own), powers)
     assert band_power(images + 7)[..., 0].min() > 50 * powers[..., 0].max()
 
 

@@ -159,6 +159,10 @@ def test_inspect_counts_calls_and_timesteps():
     assert timesteps == [[900.5, 900.5], [7.0, 3.0], timestep.tolist()]
     assert [(r.call, r.block) for r in recorder.select("gate")] == [(c, b) for c in range(3) for b in range(2)]
     assert not any(r.value.requires_grad for r in recorder.records)
+    with pytest.raises(ValueError, match=r"`kind` \('gaet'\) is not recorded: choose from modulation, gate"):
+        recorder.select("gaet")
+    with pytest.raises(ValueError, match=r"`block` \(2\): the model has blocks 0 to 1"):
+        recorder.select("gate", block=2)
 
 
 @torch.no_grad()

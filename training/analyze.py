@@ -25,18 +25,20 @@ from tqdm.auto import tqdm
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from freqgate_dit import __version__
+import freqgate_dit
+from freqgate_dit import __version__, pipelines, training
 from freqgate_dit.devices import choose_device
 from freqgate_dit.features import CACHE_DIR
-from freqgate_dit.files import digest, write_text
+from freqgate_dit.files import digest, digest_of_sources, write_text
 from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import write_card
 from freqgate_dit.shapes_textures import NUM_CLASSES, WORLDS
+from freqgate_dit.training import report
 from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
-from freqgate_dit.training.report import SECTIONS, Subject
-from freqgate_dit.training.report.page import FORMAT, Section, keep_section, render_page
+from freqgate_dit.training.report import OPTIONS, SECTIONS, Subject
+from freqgate_dit.training.report.page import Section, keep_section, render_page
 
 
 LEAST = {"images": 2, "steps": 3, "pairs": 2, "levels": 3, "batch_size": 1, "seed": 0}
@@ -140,6 +142,9 @@ def facts_of(given: argparse.Namespace, model: Model, subject: Subject, sampler:
         "parameters": model.summary.parameters,
         "prediction_type": model.summary.prediction_type,
         "world": subject.world,
+        "checkpoint": model.weights["checkpoint"],
+        "config": {name: value for name, value in model.summary.config.items() if name[0] != "_"},
+        "training": {name: (model.summary.training_config or {}).get(name) for name in ("seed", "max_steps")},
         "sampler": sampler,
         **{name: getattr(given, name) for name in ("steps", "images", "pairs", "levels", "seed")},
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -174,15 +179,16 @@ def run(given: argparse.Namespace):
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
     subject = Subject(model.pipe, world_of(model, given.world), *sizes, given.prompts, given.cache_dir)
     scheduler = {"class": type(model.pipe.scheduler).__name__, **scheduler_arguments(model.pipe.scheduler)}
+    # Not the version: between two of them the code changes too.
+    code = digest_of_sources(*(Path(module.__file__).parent for module in (freqgate_dit, pipelines, training, report)))
     sections = []
     with tqdm(given.sections, desc="report", unit="section") as progress:
         for name in progress:
             progress.set_postfix_str(name)
             if model.weights["checkpoint"] is None:  # weights that have no digest are never the same
                 shutil.rmtree(given.out / "sections" / name, ignore_errors=True)
-            key = digest(
-                FORMAT, name, __version__, model.weights, scheduler, sizes, subject.world, model.dtype, given.prompts
-            )
+            options = [getattr(subject, option) for option in OPTIONS[name]]
+            key = digest(name, code, model.weights, scheduler, options, subject.world, model.dtype)
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
             progress.write(f"{name}: {f'measured in {section.seconds:.0f} s' if is_new else 'unchanged, kept'}")
             sections.append(section)
@@ -193,7 +199,8 @@ def run(given: argparse.Namespace):
         render_page(f"What {name_of(model)} does with frequency", [in_words(facts)], sections),
     )
     for section in sections:
-        print(f"\n{section.title}\n" + "\n".join(f"  {paragraph}" for paragraph in section.reading))
+        paragraphs = (*section.reading, *section.captions.values())
+        print(f"\n{section.title}\n" + "\n".join(f"  {paragraph}" for paragraph in paragraphs))
     if given.update_card:
         update_card(given, sections, scheduler["class"], model)
     print(f"\nwrote {given.out / 'report.html'}, figures and tables in {given.out / 'sections'}")

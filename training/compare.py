@@ -39,7 +39,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 import freqgate_dit
 from freqgate_dit.devices import accelerators, available_cores
-from freqgate_dit.files import digest, read_json, read_json_lines, write_text
+from freqgate_dit.files import digest, digest_of_sources, read_json, read_json_lines, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.training.checkpoints import checkpoint_folders
 from freqgate_dit.training.config import TrainingRun, parse_config
@@ -273,8 +273,7 @@ def gpu_names() -> list[str]:
 
 def code_digest() -> str:
     """Of the sources that runs are made by."""
-    files = sorted([*Path(freqgate_dit.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py")])
-    return digest([(file.name, file.read_text(encoding="utf-8")) for file in files])[:12]
+    return digest_of_sources(Path(freqgate_dit.__file__).parent, Path(__file__).parent)
 
 
 def codes_of(folders: Iterable[Path]) -> list[str]:

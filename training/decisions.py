@@ -70,7 +70,7 @@ class LabelSwaps:
             share = ((share - start) / (end - start)).clip(0, 1)
         return logistic_level(self.log_snr, share * counts, (1 - share) * counts)
 
-    def difference(self, num_resamples: int = 500) -> Bootstrap:
+    def difference(self, num_resamples: int = 2000) -> Bootstrap:
         """Level of texture minus level of structure, resampled over pairs: sampling noise of this one model."""
         pairs = len(self.first["structure"])
         return bootstrap(
@@ -132,6 +132,7 @@ def swap_labels(
     kind: str = "swap",
     seed: int = 0,
     batch_size: int = 128,
+    world: str | None = None,
 ) -> LabelSwaps:
     """Sample pairs of labels, without guidance, each with an exchange at every one of `num_levels` steps.
 
@@ -141,15 +142,23 @@ def swap_labels(
         kind: "swap": from the first label to the second; "insertion": from the null condition to the second label;
             "withdrawal": from the first label to the null condition. What an image has from the null condition is not
             known, and counts as the label that is missing: one in eight shows the other label's factor by chance.
+        world: that the pipeline was trained on, to be compared with the classifier's; by default that is believed.
 
     Raises:
-        ValueError: for a pipeline that knows other classes, too few steps, or an unknown kind.
+        ValueError: for a pipeline that knows other classes, a classifier of another world, too few steps, or an
+            unknown kind.
     """
     classes = NUM_CLASSES
     if pipe.num_classes != classes:
         raise ValueError(
             f"the pipeline has {pipe.num_classes} classes; labels are exchanged with one of the {classes} classes of "
             "the built-in data (`dataset: shapes_textures`), whose factors are known."
+        )
+    of_classifier = getattr(classifier, "world", None)
+    if world is not None and of_classifier not in (None, world):
+        raise ValueError(
+            f"`classifier` was trained on images of the world {of_classifier!r}, the pipeline on {world!r}: train one "
+            "with `train_factor_classifier(world=...)`."
         )
     if kind not in KINDS:
         raise ValueError(f"`kind` ({kind!r}) must be one of {', '.join(KINDS)}.")

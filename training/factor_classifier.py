@@ -28,10 +28,14 @@ class FactorClassifier(nn.Module):
     """Small convolutional network with one head per factor.
 
     The structure head sees where features are, on a 4 x 4 grid; the texture head only how strong they are on average.
+
+    Attributes:
+        world: whose images it was trained on, `None` before.
     """
 
     def __init__(self):
         super().__init__()
+        self.world: str | None = None
         self.features = nn.Sequential(
             _convolution(3, 32, kernel_size=5, stride=1),
             _convolution(32, 64, kernel_size=3, stride=2),
@@ -94,6 +98,7 @@ def train_factor_classifier(
         torch.manual_seed(seed)
         classifier = FactorClassifier()
         fit_factor_classifier(classifier, data, "training the judge of structure and texture")
+    classifier.world = world
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
     structures, textures = factors_of(test.labels(range(len(test))))
     return classifier, factor_accuracy(classifier, scaled(test.images(range(len(test)))), structures, textures)

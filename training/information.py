@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from freqgate_dit import plots
 from freqgate_dit.shapes_textures import NUM_CLASSES, STRUCTURES, TEXTURES, WORLDS, ShapesTextures
+from freqgate_dit.traces import last_crossing
 from freqgate_dit.training.decisions import FACTORS
 from freqgate_dit.training.factor_classifier import (
     BATCH_SIZE,
@@ -107,6 +108,11 @@ def train_noise_classifier(
     return classifier
 
 
+def with_other(factor: str) -> str:
+    """What is to know of a factor, in words, where the other one is known."""
+    return f"{factor}, the other factor known"
+
+
 def factor_information(
     classifier: NoiseClassifier, world: str, image_size: int, num_levels: int = 25, seed: int = 0
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -118,20 +124,23 @@ def factor_information(
         seed: of the test images and their noise.
 
     Returns:
-        log-SNR `(K,)`, ascending, and by factor `(K,)` nats, at most ln 8 = 2.08; below 0 where the classifier does
-        worse than a guess.
+        log-SNR `(K,)`, ascending; `(K,)` nats, at most ln 8 = 2.08 and below 0 where the classifier does worse than a
+        guess, by factor, and under `with_other` of it of one factor when the other is told.
     """
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
     images = scaled(test.images(range(len(test))))
     expected = factors_of(test.labels(range(len(test))))
     levels = torch.linspace(*LOG_SNR_RANGE, num_levels)
-    nats = {name: [] for name in FACTORS}
+    nats = {name: [] for name in (*FACTORS, *map(with_other, FACTORS))}
+    rows = torch.arange(len(images))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for level in tqdm(levels, desc="information", unit="level", leave=False):
             both = classifier(noised(images, level.expand(len(images))))
-            for name, one, right in zip(FACTORS, (both.logsumexp(2), both.logsumexp(1)), expected, strict=True):
-                nats[name].append(math.log(one.shape[-1]) - F.nll_loss(one, right).item())
+            one_factor = both.logsumexp(2), both.logsumexp(1)
+            of_other = both[rows, :, expected[1]].log_softmax(1), both[rows, expected[0]].log_softmax(1)
+            for name, log_probability, right in zip(nats, one_factor + of_other, expected * 2, strict=True):
+                nats[name].append(math.log(log_probability.shape[-1]) - F.nll_loss(log_probability, right).item())
     return levels.numpy(), {name: np.array(values) for name, values in nats.items()}
 
 
@@ -170,7 +179,7 @@ def without_factor(denoise: Callable, classifier: Callable, factor: str) -> Call
 
 
 def half_level(log_snr: np.ndarray, nats: np.ndarray, whole: float = math.log(len(STRUCTURES))) -> float:
-    """Log-SNR at which half of what there is to know is first known; NaN where it never is.
+    """Log-SNR from which on half of what there is to know is known; NaN where it never is.
 
     Half of the whole, not of what this classifier ever knows, which says how well it was trained.
 
@@ -179,13 +188,7 @@ def half_level(log_snr: np.ndarray, nats: np.ndarray, whole: float = math.log(le
         nats: `(K,)`.
         whole: the factor's entropy; ln 8 for structure and for texture.
     """
-    if nats.max() < whole / 2:
-        return math.nan
-    first = int(np.argmax(nats >= whole / 2))
-    if first == 0:
-        return float(log_snr[0])
-    part = slice(first - 1, first + 1)
-    return float(np.interp(whole / 2, nats[part], log_snr[part]))
+    return last_crossing(log_snr, nats, whole / 2)
 
 
 def _number(value: float) -> float | None:
@@ -212,8 +215,8 @@ def main() -> None:
             classifier = train_noise_classifier(world, **settings, seed=seed)
             found.append(factor_information(classifier, world, arguments.image_size, seed=seed))
         levels = found[0][0]
-        nats = {name: np.mean([curves[name] for _, curves in found], axis=0) for name in FACTORS}
-        by_seed = {name: [half_level(levels, curves[name]) for _, curves in found] for name in FACTORS}
+        nats = {name: np.mean([curves[name] for _, curves in found], axis=0) for name in found[0][1]}
+        by_seed = {name: [half_level(levels, curves[name]) for _, curves in found] for name in nats}
         half = {name: float(np.mean(values)) for name, values in by_seed.items()}
         differences = np.subtract(by_seed["texture"], by_seed["structure"])
         told = ", ".join(f"{value:+.2f}" for value in differences)

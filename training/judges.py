@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from freqgate_dit import shapes_textures
+from freqgate_dit import shapes_textures, spectral
 from freqgate_dit.features import CACHE_DIR
 from freqgate_dit.files import replace_file
 from freqgate_dit.training import factor_classifier, information
@@ -57,6 +57,7 @@ def _kept(
     try:
         with safe_open(path, "pt") as file:
             judge.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+            judge.world = world
             return judge.eval(), json.loads(file.metadata()["accuracy"])
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError):  # absent or damaged
         judge, accuracy = train(world=world, image_size=image_size)
@@ -66,5 +67,6 @@ def _kept(
 
 
 def _digest_of_code() -> str:
-    sources = (inspect.getsource(module) for module in (shapes_textures, factor_classifier, information))
+    modules = (spectral, shapes_textures, factor_classifier, information)
+    sources = (inspect.getsource(module) for module in modules)
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]

@@ -15,8 +15,17 @@ SECTIONS = {
     "information": information_section,
     "decisions": decision_section,
 }
+# What each depends on, of the fields of `Subject` that people choose.
+OPTIONS = {
+    "order": ("num_images", "steps", "seed", "batch_size", "prompts"),
+    "gates": (),
+    "interventions": ("num_images", "steps", "seed", "batch_size", "prompts"),
+    "information": (),
+    "decisions": ("num_pairs", "num_levels", "steps", "seed", "batch_size"),
+}
 
 __all__ = [
+    "OPTIONS",
     "SECTIONS",
     "Subject",
     "decision_section",

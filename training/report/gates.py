@@ -32,17 +32,18 @@ def gate_section(subject: Subject) -> Section:
         if not section.tables:
             section.reading = ["The blocks have no gates over time; the preconditioning has one over frequency."]
         levels, learned, wiener, rows = spectral_gate_table(subject.pipe.transformer)
-        section.figures["spectral_gate"] = plots.spectral_gate_curves(levels, learned, wiener)
         section.tables["spectral_gate"] = rows
         shifts = np.array([row["half_open_shift"] for row in rows])
         by_ring = np.nanmean(shifts.reshape(-1, learned.shape[1]), axis=0)
         slopes = np.array([row["slope"] for row in rows])
-        section.reading.append(
+        section.show(
+            "spectral_gate",
+            plots.spectral_gate_curves(levels, learned, wiener),
             "The learned spectral gate is half open later than the Wiener gate by "
             f"{np.nanmean(shifts):+.2f} nats of log-SNR on average over rings and channels (from "
             f"{np.nanmin(shifts):+.2f} to {np.nanmax(shifts):+.2f}), with a slope of {slopes.mean():.2f} (Wiener's is "
             f"1). By ring, from the lowest frequency: {', '.join(f'{shift:+.2f}' for shift in by_ring)}. "
-            "Unlike a gate of the blocks it is tied to its frequencies. For Gaussian data it would not move."
+            "Unlike a gate of the blocks it is tied to its frequencies. For Gaussian data it would not move.",
         )
     return section
 
@@ -105,9 +106,9 @@ def block_gate_section(subject: Subject) -> Section:
                 f"slopes of {listed(statistics, 'wiener_slope', '+.2f')}; a gate that followed it would have 1 and 1, "
                 "or with its paths exchanged -1 and -1."
             )
-        figures = {"gate": plots.gate_curves(timesteps, gates)}
         tables = {"gates": statistics, "gate_means": rows, "gate_channels": channel_rows(gates, levels)}
-        section = Section(title, [reading], figures, tables, ("gates",))
+        section = Section(title, [], tables=tables, shown=("gates",))
+        section.show("gate", plots.gate_curves(timesteps, gates), reading)
         section.claim(
             "In every block most channels' gates move one way (which way is no evidence of coarse to fine).",
             all(row["agreement"] > SAME_DIRECTION and row["range"] > LEAST_RANGE for row in statistics),
@@ -126,11 +127,17 @@ def block_gate_section(subject: Subject) -> Section:
 def band_gate_section(subject: Subject) -> Section:
     """The band gates of Band-Gate, as gains of the low over the high band."""
     transformer = subject.pipe.transformer
-    timesteps, low, high = band_gain_table(transformer)
+    classes = range(min(subject.pipe.num_classes, MOST_GATED)) if subject.is_conditional else []
+    # A null condition that was never trained says nothing; then the mean over classes does.
+    untrained = subject.is_conditional and not subject.has_null_condition
+    read = [band_gain_table(transformer, label=label) for label in (classes if untrained else [None])]
+    timesteps, low, high = (np.mean(values, axis=0) for values in zip(*read))
+    condition = (
+        "on average over classes" if untrained else "under the null condition" if classes else "without a condition"
+    )
     levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
     ratio = plots.decibel(low, high)  # (T, blocks, 2)
     visibility = band_visibility(transformer, timesteps)
-    classes = range(min(subject.pipe.num_classes, MOST_GATED)) if subject.is_conditional else []
     tables = [band_gain_table(transformer, OF_A_CLASS, label) for label in classes]
     by_class = np.array([plots.decibel(low, high) for _, low, high in tables]) if len(tables) > 1 else None
     rows = [
@@ -161,7 +168,7 @@ def band_gate_section(subject: Subject) -> Section:
         else "In this model, a control, low and high are random directions of the token grid, not frequencies."
     )
     reading = [
-        f"Under the null condition and in noise the low band's gain exceeds the high band's by {in_noise:+.1f} dB on "
+        f"{condition.capitalize()} and in noise the low band's gain exceeds the high band's by {in_noise:+.1f} dB on "
         f"average, in clean images by {clean:+.1f} dB; in {falling:.0%} of the gated branches the low band gives way "
         f"to the high one as noise falls, in {clearly:.0%} clearly (correlation below -{SAME_DIRECTION:g}). {meaning}"
     ]
@@ -173,11 +180,11 @@ def band_gate_section(subject: Subject) -> Section:
         )
     section = Section(
         "The gates",
-        reading,
-        {"band_gains": plots.band_gain_curves(timesteps, low, high)},
-        {"gains": rows, "gain_curves": curves},
-        ("gains",),
+        reading[1:],
+        tables={"gains": rows, "gain_curves": curves},
+        shown=("gains",),
     )
+    section.show("band_gains", plots.band_gain_curves(timesteps, low, high), reading[0])
     if by_class is not None:
         section.reading.append(
             "Between classes the ratio differs by a standard deviation of "
@@ -197,7 +204,7 @@ def band_gate_section(subject: Subject) -> Section:
             for row in rows
         ]
     section.claim(
-        "Under the null condition the low band gives way to the high one in every branch as noise falls"
+        f"{condition.capitalize()} the low band gives way to the high one in every branch as noise falls"
         + ("." if is_frequency else " (bands of this control are random directions)."),
         all(row["correlation"] < -SAME_DIRECTION for row in rows),
         f"correlation with log-SNR {listed(rows, 'correlation', '+.2f')}",

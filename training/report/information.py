@@ -8,6 +8,7 @@ from freqgate_dit import plots
 from freqgate_dit.shapes_textures import STRUCTURES
 from freqgate_dit.traces import last_crossing, span_levels
 from freqgate_dit.training.decisions import FACTORS
+from freqgate_dit.training.information import with_other
 from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import Subject
 from freqgate_dit.training.validation import ValidationResult
@@ -19,14 +20,14 @@ MOST_USE = 1.2  # of what there is to know, for an estimate of it to be trusted
 def information_section(subject: Subject) -> Section:
     """At which noise level the condition can say anything, and whether the model's use of it is plausible."""
     title = "What the condition can say, and when"
-    if subject.world is None:
+    if not subject.has_factors:
         reading = (
-            "Left out: held-out images of the training data are needed, and only the built-in data can be made anew "
-            "(`--world` names it where the training_config.yaml is lost)."
+            "Left out: this needs the labels of held-out images, and only those of the built-in data can be made "
+            f"anew; {subject.why_no_factors}."
         )
         return Section(title, [reading])
     section = Section(title, [])
-    curve, by_factor, factor_curves, half = None, [], {}, {}
+    curve, by_factor, factor_curves, half = None, {}, {}, {}
     if subject.has_null_condition:
         result = subject.validate(num_bins=20, with_null=True)
         curve = information_density(result, subject.alphas_cumprod)
@@ -68,23 +69,35 @@ def information_section(subject: Subject) -> Section:
     if section.tables.get("ceiling"):
         section.shown += ("ceiling",)
     if curve or factor_curves:
-        section.figures["information"] = plots.information_figure(
-            curve, by_factor, (levels, factor_curves, half) if factor_curves else None
-        )
+        figure = plots.information_figure(curve, by_factor, (levels, factor_curves, half) if factor_curves else None)
+        section.show("information", figure, _caption(by_factor or {"the label": curve}))
     return section
 
 
-def _read_factors(section: Section, subject: Subject) -> list[dict]:
-    """What the model's predictions use of one factor when the other is known, by log-SNR."""
+def _caption(densities: dict[str, list[dict]]) -> str:
+    """At which noise level and in which octave most is used of each, in words."""
+    told = []
+    for name, rows in densities.items():
+        bands = [key for key in rows[0] if key.endswith("cycles")]
+        peak = max(rows, key=lambda row: row["density"])
+        told.append(
+            f"of {name} at a log-SNR of {peak['log_snr']:+.1f}, there mostly in {max(bands, key=peak.get)} per image"
+        )
+    return (
+        f"Most is used {'; '.join(told)}. The area under a curve is the information used, in nats; below 0 the label "
+        "does harm."
+    )
+
+
+def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
+    """What the model's predictions use of one factor when the other is known: its `information_density` by factor."""
     entropy = math.log(len(STRUCTURES))
     results = {factor: subject.validate(num_bins=20, factor=factor) for factor in FACTORS}
     densities = {name: information_density(result, subject.alphas_cumprod) for name, result in results.items()}
-    rows = [
-        {"log_snr": spans[0]["log_snr"]} | {name: span["density"] for name, span in zip(FACTORS, spans)}
-        for spans in zip(*densities.values())
+    section.tables["information_of_the_model_by_factor"] = [
+        {"of": name, **span} for name, spans in densities.items() for span in spans
     ]
-    section.tables["information_of_the_model_by_factor"] = rows
-    uses = [use_row(f"{name}, the other factor known", results[name], subject, entropy) for name in FACTORS]
+    uses = [use_row(with_other(name), results[name], subject, entropy) for name in FACTORS]
     section.tables.setdefault("ceiling", []).extend(uses)
     told, halves, possible = [], [], []
     for name, use in zip(FACTORS, uses):
@@ -92,13 +105,19 @@ def _read_factors(section: Section, subject: Subject) -> list[dict]:
         told.append(f"{use['nats']:.2f} [{low:.2f}, {high:.2f}] nats of {name}")
         possible.append(is_possible(low, high, entropy))
         if use["half_at_log_snr"] is not None:
-            halves.append(f"{use['half_at_log_snr']:+.1f} for {name}")
+            half_of_data = subject.data_information[2][with_other(name)]
+            halves.append(f"{use['half_at_log_snr']:+.2f} for {name} (in the data {half_of_data:+.2f})")
     section.reading.append(
         f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, 2,048 "
         f"images), of {entropy:.2f} each. What they would be without it is their mean over its values, weighted by a "
         "classifier of noisy images in place of the null condition; where that knows less than there is, the use "
         "comes out too large. "
-        + (f"From noise to clean, half of it is over at a log-SNR of {' and '.join(halves)}." if halves else "")
+        + (
+            f"From noise to clean, half of its own use is over at a log-SNR of {' and '.join(halves)}: half of what "
+            "there is to know, the other factor told)."
+            if halves
+            else ""
+        )
     )
     section.claim(
         f"Of each factor the predictions use something, and at most {MOST_USE:g} times what there is to know (1 for "
@@ -106,7 +125,7 @@ def _read_factors(section: Section, subject: Subject) -> list[dict]:
         False if False in possible else None if None in possible else True,
         f"{', '.join(told)}; of {entropy:.2f} each",
     )
-    return rows
+    return densities
 
 
 def is_possible(low: float, high: float, entropy: float) -> bool | None:
@@ -117,8 +136,8 @@ def is_possible(low: float, high: float, entropy: float) -> bool | None:
 
 
 def use_row(name: str, result: ValidationResult, subject: Subject, entropy: float) -> dict:
-    """What the predictions use of a condition of which there are `entropy` nats to know, and when half of that; `None`
-    where there cannot be such a use."""
+    """What the predictions use of a condition of which there are `entropy` nats to know; and the levels below which
+    half of their own use lies, and half of the entropy, `None` where there cannot be such a use."""
     possible = is_possible(*information_interval(result), entropy)
     return {
         "of": name,
@@ -126,14 +145,19 @@ def use_row(name: str, result: ValidationResult, subject: Subject, entropy: floa
         "standard_error": result.information_se,
         "entropy": entropy,
         "half_at_log_snr": half_of_use(result, subject.alphas_cumprod) if possible is not False else None,
+        "half_of_entropy_at_log_snr": (
+            half_of_use(result, subject.alphas_cumprod, entropy) if possible is not False else None
+        ),
     }
 
 
-def half_of_use(result: ValidationResult, alphas_cumprod: torch.Tensor) -> float | None:
-    """Log-SNR below which half of `information` lies, linear within a span; `None` if it is not positive."""
+def half_of_use(result: ValidationResult, alphas_cumprod: torch.Tensor, whole: float | None = None) -> float | None:
+    """Log-SNR below which half of `whole`, by default of all `information`, is used, linear within a span; `None` if
+    that much never is."""
     levels = span_levels(alphas_cumprod, len(result.num_images)).flip(0)
     known = torch.cat([torch.zeros(1), result.information_table.sum(1).flip(0).cumsum(0)])  # from noise to clean
-    return last_crossing(levels.numpy(), (known / known[-1]).numpy(), 0.5) if known[-1] > 0 else None
+    whole = float(known[-1]) if whole is None else whole
+    return last_crossing(levels.numpy(), known.numpy(), whole / 2) if known[-1] > max(0.0, whole / 2) else None
 
 
 def information_density(result: ValidationResult, alphas_cumprod: torch.Tensor) -> list[dict]:

@@ -26,14 +26,13 @@ def interventions_of(subject: Subject) -> dict[str, Callable[[], AbstractContext
     """Name -> context in which the model is changed, of what can be done to it."""
     transformer, classes = subject.pipe.transformer, subject.pipe.num_classes
     found = {}
+    paths = [path for path in ("low", "high") if getattr(transformer.transformer_blocks[0], path, None) is not None]
     if subject.has_null_condition:
         found["no condition"] = partial(labels_from, transformer, classes, -np.inf, subject.alphas_cumprod)
-        paths = [
-            path for path in ("low", "high") if getattr(transformer.transformer_blocks[0], path, None) is not None
-        ]
         for path in paths:
             found[f"no condition in {path}"] = partial(labels_in_path, transformer, path, classes)
-        for path in paths if len(paths) == 2 else []:
+    if subject.is_conditional and classes > 1 and len(paths) == 2:
+        for path in paths:
             found[f"other condition in {path}"] = partial(labels_in_path, transformer, path, subject.other_label)
     train_steps = subject.pipe.scheduler.config.num_train_timesteps
     for change in gate_changes(transformer):
@@ -48,7 +47,7 @@ def intervention_section(subject: Subject) -> Section:
     if not found:
         return Section(title, ["A model without null condition and gates has no part that could be taken away."])
     effects, correct, of_other, losses = measure(subject, found)
-    judged = subject.world is not None
+    judged = subject.has_factors
     rows = []
     for name, effect in effects.items():
         row = {"intervention": name}
@@ -59,14 +58,20 @@ def intervention_section(subject: Subject) -> Section:
         rows.append(row | {f"change_{band}": value for band, value in effect.items()})
     bands = list(effects["none"])
     changes = {name: list(effect.values()) for name, effect in effects.items() if name != "none"}
-    section = Section(
-        title, [], {"effects": plots.effect_figure(changes, bands)}, {"interventions": rows}, ("interventions",)
+    section = Section(title, [], tables={"interventions": rows}, shown=("interventions",))
+    strongest = "; ".join(
+        f"{band} {max(changes, key=lambda name: changes[name][place])}" for place, band in enumerate(bands)
     )
-    section.reading.append(
+    section.show(
+        "effects",
+        plots.effect_figure(changes, bands),
         f"{subject.num_images} images from the same noise, without guidance. Numbers are the power of the change over "
-        "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images."
+        "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images. Largest effect "
+        f"by octave (cycles per image): {strongest}.",
     )
-    both_paths = {"no condition in low", "no condition in high"} <= found.keys()
+    if not subject.has_null_condition:
+        section.reading.append(f"Interventions that take the condition away are left out: {_why_no_null(subject)}.")
+    both_paths = {"other condition in low", "other condition in high"} <= found.keys()
     if judged:
         accuracy = subject.classifier[1]
         section.reading.append(
@@ -77,13 +82,22 @@ def intervention_section(subject: Subject) -> Section:
             _read_course(section, losses)
         if both_paths:
             _read_exchange(section, correct, of_other)
-            _read_division(section, subject, correct)
-    if both_paths and subject.pipe.num_classes > 1:
-        section.figures["hybrids"] = hybrid_figure(subject)
-        section.reading.append(
-            "Hybrids: rows of the last picture have the label of A in one path and of B in the other."
+            _read_division(section, subject, correct, of_other)
+    if both_paths:
+        near = {path: float(np.mean(list(effects[f"other condition in {path}"].values()))) for path in ("low", "high")}
+        section.show(
+            "hybrids",
+            hybrid_figure(subject),
+            "Labels of A in one path and of B in the other, from the same noise. With B in Low images change by "
+            f"{near['low']:.2f} of their power, with B in High by {near['high']:.2f} (mean over octaves).",
         )
     return section
+
+
+def _why_no_null(subject: Subject) -> str:
+    if subject.pipe.is_text_conditional:
+        return "this pipeline is conditioned on text, and they are made for classes"
+    return "the model was trained without a null condition" if subject.is_conditional else "the model has none"
 
 
 def measure(subject: Subject, found: dict[str, Callable[[], AbstractContextManager]]):
@@ -97,10 +111,10 @@ def measure(subject: Subject, found: dict[str, Callable[[], AbstractContextManag
     for name, context in tqdm({"none": nullcontext, **found}.items(), desc="interventions", unit="run"):
         with context():
             images = plain if name == "none" else subject.sample()
-            if subject.world is not None:
+            if subject.has_factors:
                 losses[name] = subject.validate().loss
         effects[name] = dict(zip(bands, (band_power(images - plain).mean((0, 1)) / reference).tolist()))
-        if subject.world is not None:
+        if subject.has_factors:
             correct[name] = judge(subject, images, subject.labels)
             of_other[name] = judge(subject, images, [subject.other_label(label) for label in subject.labels])
     return effects, correct, of_other, losses
@@ -132,14 +146,32 @@ def _read_exchange(section: Section, correct: dict, of_other: dict):
     section.reading.append(f"Images of label A with another label B {told}.")
 
 
-def _read_division(section: Section, subject: Subject, correct: dict):
-    """Whether the two paths share out structure and texture: the double dissociation index."""
-    index = dissociation(correct)
+def _read_division(section: Section, subject: Subject, correct: dict, of_other: dict):
+    """Whether the two paths share out structure and texture: the double dissociation index, by labels that were
+    exchanged in one path and, with a null condition, by labels that were taken away there."""
+    taken = {
+        "other": {
+            path: difference(of_other[f"other condition in {path}"], of_other["none"]) for path in ("low", "high")
+        }
+    }
+    if subject.has_null_condition:
+        taken["no"] = {
+            path: difference(correct["none"], correct[f"no condition in {path}"]) for path in ("low", "high")
+        }
+    indices = {name: dissociation(effects) for name, effects in taken.items()}
     section.tables["dissociation"] = [
-        {"index": index.estimate, "low": index.low, "high": index.high, "standard_error": index.standard_error}
+        {
+            "by": f"{name} condition",
+            "index": index.estimate,
+            "low": index.low,
+            "high": index.high,
+            "standard_error": index.standard_error,
+        }
+        for name, index in indices.items()
     ]
     section.shown += ("dissociation",)
     shown = {factor: correct["none"][factor].mean() for factor in FACTORS}
+    index = indices["other"]
     serves = division(index)
     verdict = {
         1: "the path called Low serves structure more than texture, compared with High",
@@ -153,12 +185,28 @@ def _read_division(section: Section, subject: Subject, correct: dict):
             f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
             f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
         )
-    _claim_division(section, subject, index, correct, serves)
-    section.reading.append(
-        f"Double dissociation index {index.estimate:+.3f} (95 % {index.low:+.3f} to {index.high:+.3f}, over images; a "
-        f"perfect division of labour would be 0.875, as chance is right once in eight): {verdict}. It is of this one "
-        "model."
+    told = f"double dissociation index {interval_of(index)} of at most 1, by labels exchanged in one path"
+    if "no" in indices:
+        told += f"; {interval_of(indices['no'])} of at most 0.875 by labels taken away there"
+    effects = ", ".join(
+        f"{taken['other'][path][factor].mean():.0%} {factor} by {path.capitalize()}"
+        for path in ("low", "high")
+        for factor in FACTORS
     )
+    _claim_division(section, subject, f"{told}; of the other label is shown: {effects}", serves)
+    section.reading.append(
+        f"{told[0].upper()}{told[1:]} (95 %, over images). By the first: {verdict}. The second hangs on the null "
+        "condition and how well it was trained. Both are of this one model."
+    )
+
+
+def interval_of(index) -> str:
+    return f"{index.estimate:+.3f} [{index.low:+.3f}, {index.high:+.3f}]"
+
+
+def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By factor `(num_images,)` of -1, 0, 1: what images show in the one case and not in the other."""
+    return {factor: one[factor].astype(int) - other[factor] for factor in FACTORS}
 
 
 def judge(subject: Subject, images: torch.Tensor, labels: Sequence[int]) -> dict[str, np.ndarray]:
@@ -169,18 +217,16 @@ def judge(subject: Subject, images: torch.Tensor, labels: Sequence[int]) -> dict
     return {name: one.argmax(-1).numpy() == right for name, one, right in zip(FACTORS, logits, expected)}
 
 
-def dissociation(correct: dict[str, dict[str, np.ndarray]], num_resamples: int = 500):
-    """Double dissociation index: half of (loss of structure - loss of texture without Low's condition) minus the same
-    without High's. 1: Low carries all of structure and nothing of texture, High the reverse."""
+def dissociation(effects: dict[str, dict[str, np.ndarray]], num_resamples: int = 2000):
+    """Double dissociation index: half of (effect on structure - effect on texture) of the condition in Low minus the
+    same in High. 1: Low carries all of structure and nothing of texture, High the reverse.
 
-    def index(chosen: np.ndarray) -> float:
-        def loss(path: str, factor: str) -> float:
-            return correct["none"][factor][chosen].mean() - correct[f"no condition in {path}"][factor][chosen].mean()
-
-        low, high = (loss(path, "structure") - loss(path, "texture") for path in ("low", "high"))
-        return float(low - high) / 2
-
-    return bootstrap(index, len(correct["none"]["structure"]), num_resamples=num_resamples)
+    Args:
+        effects: path -> factor -> `(num_images,)` of -1, 0, 1, from `difference`.
+    """
+    contrast = [effects[path]["structure"] - effects[path]["texture"] for path in ("low", "high")]
+    by_image = (contrast[0] - contrast[1]) / 2
+    return bootstrap(lambda chosen: float(by_image[chosen].mean()), len(by_image), num_resamples=num_resamples)
 
 
 def division(index) -> int | None:
@@ -192,7 +238,7 @@ def division(index) -> int | None:
     return 0 if -SMALL_INDEX < index.low and index.high < SMALL_INDEX else None
 
 
-def _claim_division(section: Section, subject: Subject, index, correct: dict, serves: int | None):
+def _claim_division(section: Section, subject: Subject, evidence: str, serves: int | None):
     """Whether the paths share out structure and texture: of Freq-Gate, whose names are arbitrary, either way round."""
     transformer = subject.pipe.transformer
     if "band" not in transformer.inspectable:
@@ -201,17 +247,7 @@ def _claim_division(section: Section, subject: Subject, index, correct: dict, se
         claim, sides = "The condition in Low serves structure more than texture, compared with that in High", (1,)
         if transformer.config.band_basis == "random":
             claim += " (bands of this control are random directions)"
-    losses = ", ".join(
-        f"{correct['none'][factor].mean() - correct[f'no condition in {path}'][factor].mean():+.0%} {factor} in {path}"
-        for path in ("low", "high")
-        for factor in FACTORS
-    )
-    section.claim(
-        f"{claim}.",
-        None if serves is None else serves in sides,
-        f"double dissociation index {index.estimate:+.3f} [{index.low:+.3f}, {index.high:+.3f}] of at most 0.875; "
-        f"lost without the condition: {losses}",
-    )
+    section.claim(f"{claim}.", None if serves is None else serves in sides, evidence)
 
 
 def hybrid_figure(subject: Subject, count: int = 6):

@@ -5,7 +5,9 @@ import torch
 
 from freqgate_dit import plots
 from freqgate_dit.metrics import band_power
+from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import DenoisingTrace, NoPredictionError, noised_power
+from freqgate_dit.training.decisions import factors
 from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import Subject
 
@@ -20,13 +22,16 @@ MOST_CLASSES = 8  # that the traces' table lists one by one
 def trace_section(subject: Subject) -> Section:
     """In which order the octaves are made."""
     section = Section("The order of denoising", [], shown=("arrival",))
-    spectra = {"latent": subject.data_spectrum}
+    around = subject.spectrum_around_classes
+    spectra = {"latent": around or subject.data_spectrum}
     if subject.pipe.vae is not None:
         spectra["pixel"] = subject.pixel_spectrum
         section.shown += ("arrival_of_pixels",)
-    traces = {space: DenoisingTrace(space, mean=known[0] if known else None) for space, known in spectra.items()}
-
     count = min(subject.num_images, subject.batch_size)
+    means = {space: known[0] if known else None for space, known in spectra.items()}
+    if around:
+        means["latent"] = around[0][subject.labels[:count]]
+    traces = {space: DenoisingTrace(space, mean=mean) for space, mean in means.items()}
     shown = [index for index in subject.diverse(6) if index < count]
     strip = []  # predictions of the images shown after each step, as the model sees them
 
@@ -45,35 +50,51 @@ def trace_section(subject: Subject) -> Section:
         known = spectra[space]
         name = "trace" if len(traces) == 1 else f"trace_of_{space}s"
         power = trace.predicted_power.mean((1, 2)).numpy()
-        section.figures[name] = plots.trace_figure(
-            trace.log_snr, trace.bands, power, known[1].numpy() if known else None
-        )
         section.tables[name] = trace.rows()
         what = "latent" if space == "latent" and len(traces) > 1 else "image"
-        _read_arrival(section, subject, trace, count, what)
+        caption = [_read_arrival(section, subject, trace, count, what, known[1] if known else None)]
         if known:
-            _read_final_power(section, trace, power[-1] / known[1].numpy(), known[2], what)
+            caption.append(_read_final_power(trace, power[-1] / known[1].numpy(), known[2], what))
         elif space == "latent":
-            section.reading.append(
-                "The pipeline holds no spectrum of the training data, so there is nothing to compare with."
-            )
+            caption.append("The pipeline holds no spectrum of the training data, so there is nothing to compare with.")
+        figure = plots.trace_figure(trace.log_snr, trace.bands, power, known[1].numpy() if known else None)
+        section.show(name, figure, " ".join(caption))
+    if around:
+        section.reading.append(
+            "All powers are of the difference from the mean image of the class: that mean can be told from the label "
+            "alone, in pure noise."
+        )
     if spectra["latent"]:
         _compare_with_forward_process(section, subject, traces["latent"], *spectra["latent"][:2])
 
     steps = np.unique(np.linspace(0, len(strip) - 1, 10).round().astype(int))
     images = [subject.pipe.postprocess(strip[step], "np") for step in steps]
-    section.figures["predictions"] = plots.image_grid(
+    figure = plots.image_grid(
         list(zip(*images)),
         [subject.name_of(index) for index in shown],
         [f"{traces['latent'].log_snr[step]:+.1f}" for step in steps],
         "predicted clean image, columns: log-SNR",
     )
+    last = images[-1]
+    near = next(i for i, each in enumerate(images) if np.mean((each - last) ** 2) < 0.1 * last.var())
+    section.show(
+        "predictions",
+        figure,
+        "What the model takes for the clean image, from noise to the end. The mean squared difference from the last "
+        f"one is below a tenth of its variance from a log-SNR of {traces['latent'].log_snr[steps[near]]:+.1f} on.",
+    )
     return section
 
 
-def _read_arrival(section: Section, subject: Subject, trace: DenoisingTrace, count: int, what: str):
-    """At which noise levels the octaves of `what` have a share of their final power, of all images and by class."""
+def _read_arrival(
+    section: Section, subject: Subject, trace: DenoisingTrace, count: int, what: str, data: torch.Tensor | None
+) -> str:
+    """At which noise levels the octaves of `what` have a share of their final power, of all images, by class, on the
+    built-in data by structure and by texture; and of the best linear denoiser of Gaussian data of the power `data`."""
     groups = {"all": range(count)}
+    if subject.has_factors:
+        for names, places in zip((STRUCTURES, TEXTURES), factors(torch.tensor(subject.labels[:count]))):
+            groups |= {name: np.flatnonzero(places == place).tolist() for place, name in enumerate(names)}
     if subject.is_conditional and subject.pipe.num_classes <= MOST_CLASSES:
         for label in range(subject.pipe.num_classes):
             name = subject.pipe.id2label.get(label, str(label))
@@ -85,30 +106,46 @@ def _read_arrival(section: Section, subject: Subject, trace: DenoisingTrace, cou
         if images
         for share in SHARES
     ]
+    linear = {}
+    if data is not None and trace.space == "latent":
+        linear = {share: np.log(share / (1 - share) / data.numpy()) for share in SHARES}
+        section.tables["arrival"] += [
+            {"space": what, "class": "linear denoiser", "share": share}
+            | {f"{band} cycles": float(level) for band, level in zip(trace.bands, levels)}
+            for share, levels in linear.items()
+        ]
     arrivals = [trace.arrival(share) for share in SHARES]
     orders = [order_of(arrival) for arrival in arrivals]
     told = "; ".join(
-        f"{share:.0%}: {order} ({', '.join(f'{level:+.1f}' for level in arrival)})"
+        f"{share:.0%}: {order} ({', '.join(_level(level, trace) for level in arrival)})"
         for share, order, arrival in zip(SHARES, orders, arrivals)
     )
-    section.reading.append(
-        f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
-        f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
-        "On data whose power falls with frequency any good denoiser goes from coarse to fine, whatever its "
-        "conditioning: at a given noise level only the octaves that stand out of the noise can be told."
-    )
     section.claim(
-        f"The octaves of the {what} are made from coarse to fine (as by any good denoiser of such data), by half "
-        "and by nine tenths of their power.",
+        f"The octaves of the {what} are made from coarse to fine, by half and by nine tenths of their power.",
         None if UNTOLD in orders else set(orders) == {COARSE_TO_FINE},
         f"{told}; log-SNR of {', '.join(trace.bands)} cycles",
     )
+    best = "; ".join(f"{share:.0%}: {', '.join(f'{x:+.1f}' for x in levels)}" for share, levels in linear.items())
+    return (
+        f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
+        f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
+        + (
+            "The best linear denoiser of data with this spectrum, which knows nothing else of them, has them at "
+            f"{best}: at a given noise level only octaves that stand out of the noise can be told."
+            if linear
+            else ""
+        )
+    )
 
 
-def _read_final_power(section: Section, trace: DenoisingTrace, ratio: np.ndarray, source: str, what: str):
+def _level(level: float, trace: DenoisingTrace) -> str:
+    return "from the start" if level == trace.log_snr[0] else f"{level:+.1f}"
+
+
+def _read_final_power(trace: DenoisingTrace, ratio: np.ndarray, source: str, what: str) -> str:
     """Power `(bands,)` of the finished `what` over the data's, which is known from `source`."""
     worst = int(np.abs(np.log(ratio)).argmax())
-    section.reading.append(
+    return (
         f"At the end the octaves of the {what} have {', '.join(f'{value:.2f}' for value in ratio)} times the power of "
         f"the training data, as known from {source}; the largest gap is at {trace.bands[worst]} cycles per image."
     )
@@ -117,23 +154,29 @@ def _read_final_power(section: Section, trace: DenoisingTrace, ratio: np.ndarray
 def _compare_with_forward_process(
     section: Section, subject: Subject, trace: DenoisingTrace, mean: torch.Tensor, data: torch.Tensor
 ):
-    """The spectrum of the noisy samples beside that of noised data, which is known without any network."""
+    """The spectrum of the noisy samples beside that of noised data, which is known without any network.
+
+    Args:
+        mean: of the data, `(C, H, W)`, or of its classes.
+        data: `(bands,)` power around it.
+    """
     # x_t after a step has the noise of the next one; its power is about zero, not about the data's mean.
     steps = torch.from_numpy(trace.timesteps[1:])
-    whole = data + band_power(mean[None].float()).mean((0, 1)).double()
+    whole = data + band_power(mean.view(-1, *mean.shape[-3:]).float()).mean((0, 1)).double()
     forward = noised_power(whole, subject.alphas_cumprod, steps).numpy()
     sampled = trace.latent_power.mean((1, 2)).numpy()[:-1]
-    section.figures["forward_process"] = plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward)
     section.tables["forward_process"] = [
         {"timestep": float(step), "log_snr": float(level), "band": band, "power": a, "sampled_power": b}
         for step, level, row, own in zip(steps, trace.log_snr[1:], forward.tolist(), sampled.tolist())
         for band, a, b in zip(trace.bands, row, own)
     ]
-    section.reading.append(
+    section.show(
+        "forward_process",
+        plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward),
         "The spectrum of the noisy samples on the way is at most a factor of "
         f"{np.exp(np.abs(np.log(sampled / forward)).max()):.2f} from that of noised training data. The nearer to 1, "
         "the less it says of the network: noise schedule and data alone make it. So the order is read from the "
-        "predicted image."
+        "predicted image.",
     )
 
 

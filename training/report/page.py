@@ -6,6 +6,7 @@ A page has its figures inside and asks for nothing from a network.
 import base64
 import html
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -13,9 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from freqgate_dit.files import write_text
-
-
-FORMAT = 5  # of `section.json`, and of the tables beside it
 
 
 @dataclass
@@ -26,6 +24,7 @@ class Section:
         title: of the section.
         reading: paragraphs of plain language, made from the numbers.
         figures: file name without ending -> matplotlib figure; after loading, path of the PNG.
+        captions: file name -> what the figure shows, in plain language, made from the numbers.
         tables: name -> rows, dictionaries with the same keys.
         shown: names of the tables that are on the page; the others are files alone.
         claims: what was tested about the model, "claim", "verdict" and "evidence" each (`freqgate_dit.findings`).
@@ -35,10 +34,15 @@ class Section:
     title: str
     reading: list[str]
     figures: dict = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
     tables: dict[str, list[dict]] = field(default_factory=dict)
     shown: tuple[str, ...] = ()
     claims: list[dict] = field(default_factory=list)
     seconds: float = 0.0
+
+    def show(self, name: str, figure, caption: str):
+        """Add a figure, and what it shows."""
+        self.figures[name], self.captions[name] = figure, caption
 
     def claim(self, claim: str, is_so: bool | None, evidence: str):
         """Add a claim: supported, not supported, or, for `None`, undecided."""
@@ -62,6 +66,10 @@ def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[S
     section.seconds = time.perf_counter() - start
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    section.tables = {
+        name: [{key: known(value) for key, value in row.items()} for row in rows]
+        for name, rows in section.tables.items()
+    }
     paths = {name: folder / f"{name}.png" for name in section.figures}
     for name, figure in section.figures.items():
         figure.savefig(paths[name])
@@ -69,8 +77,13 @@ def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[S
     for name, rows in section.tables.items():
         write_table(rows, folder / name)
     values = {**asdict(section), "figures": list(paths), "key": key}
-    write_text(file, json.dumps(values, indent=1) + "\n")
+    write_text(file, json.dumps(values, indent=1, allow_nan=False) + "\n")
     return section, True
+
+
+def known(value):
+    """`None` for a number that is not finite, which JSON has not; others as they are."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_section(file: Path, key: str) -> Section | None:
@@ -92,7 +105,7 @@ def write_table(rows: list[dict], path: Path):
     import pyarrow
     import pyarrow.parquet
 
-    write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(rows, indent=1, allow_nan=False) + "\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
 
 
@@ -104,6 +117,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-
        padding: 0 1rem 3rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+figure { margin: 1.5rem 0; } figcaption { color: #444; font-size: .9rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
@@ -129,14 +143,15 @@ def render_page(title: str, facts: list[str], sections: list[Section]) -> str:
     for section in sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.reading]
-        parts += [_image(name, path) for name, path in section.figures.items()]
+        parts += [_figure(name, path, section.captions[name]) for name, path in section.figures.items()]
         parts += [_table(section.tables[name]) for name in section.shown]
     return "\n".join([*parts, "</body></html>", ""])
 
 
-def _image(name: str, path: Path) -> str:
+def _figure(name: str, path: Path, caption: str) -> str:
     content = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{content}">'
+    image = f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{content}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _table(rows: list[dict], style: str = "numbers") -> str:

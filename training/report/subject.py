@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from freqgate_dit.features import CACHE_DIR
+from freqgate_dit.metrics import band_power
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
 from freqgate_dit.shapes_textures import NUM_CLASSES, TEXTURES, ShapesTextures
@@ -24,6 +25,7 @@ from freqgate_dit.training.validation import Validation, ValidationResult
 
 LEAST_SHOWN = 0.5  # share of right images, from which on it is measured what becomes of them
 NUM_OF_SPECTRUM = 1024
+NUM_AROUND_CLASSES = 8192
 
 
 @dataclass
@@ -56,8 +58,21 @@ class Subject:
     def __post_init__(self):
         if self.pipe.is_text_conditional and not self.prompts:
             raise ValueError("`prompts` is empty, and this pipeline is conditioned on text: give some.")
-        if self.pipe.num_classes != NUM_CLASSES:
-            self.world = None  # images of the world, but no labels that say what they should show
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether its labels say which structure and texture an image should show."""
+        return self.world is not None and self.pipe.num_classes == NUM_CLASSES
+
+    @property
+    def why_no_factors(self) -> str:
+        """Why not, as the end of a sentence."""
+        if self.world is not None:
+            return "this pipeline was trained on that data without its labels"
+        return (
+            "this pipeline was trained on other data, or lacks the training_config.yaml that would say so (`--world` "
+            "does too)"
+        )
 
     @property
     def is_conditional(self) -> bool:
@@ -79,7 +94,7 @@ class Subject:
     def diverse(self, count: int) -> list[int]:
         """Images to look at, by index: of the built-in data, whose class is 8 x structure + texture, another structure
         and another texture each."""
-        step = len(TEXTURES) + 1 if self.world is not None else 1
+        step = len(TEXTURES) + 1 if self.has_factors else 1
         return [step * index for index in range(count)]
 
     def name_of(self, index: int) -> str:
@@ -97,7 +112,7 @@ class Subject:
     def other_label(self, labels):
         """Another class for each; of the built-in data one that differs in structure and in texture."""
         classes = self.pipe.num_classes
-        return (labels + (classes // 2 + 3 if self.world else 1)) % classes
+        return (labels + (classes // 2 + 3 if self.has_factors else 1)) % classes
 
     @property
     def image_size(self) -> int:
@@ -161,6 +176,20 @@ class Subject:
                 "the scheduler's configuration, which keeps means over rings: about right",
             )
         return None
+
+    @cached_property
+    def spectrum_around_classes(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+        """The same around the mean of each class, `(classes, C, H, W)`, what a label tells from the start; `None` of
+        other than the built-in data on pixels."""
+        if not self.has_factors or self.pipe.vae is not None:
+            return None
+        images, labels = self.real_images(NUM_AROUND_CLASSES, "train")
+        counts = labels.bincount(minlength=NUM_CLASSES)
+        means = torch.zeros(NUM_CLASSES, *images.shape[1:]).index_add_(0, labels, images)
+        means = means / counts.view(-1, 1, 1, 1)
+        power = band_power(images, means[labels]).mean((0, 1))
+        unbiased = len(images) / (len(images) - NUM_CLASSES)  # the means are of the same images
+        return means, power * unbiased, f"{len(images):,} images of the training data"
 
     @cached_property
     def pixel_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
