@@ -106,15 +106,15 @@ def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
         possible.append(is_possible(low, high, entropy))
         if use["half_at_log_snr"] is not None:
             half_of_data = subject.data_information[2][with_other(name)]
-            halves.append(f"{use['half_at_log_snr']:+.2f} for {name} (in the data {half_of_data:+.2f})")
+            halves.append(f"{use['half_at_log_snr']:+.2f} for {name} ({half_of_data:+.2f} in the data)")
     section.reading.append(
         f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, 2,048 "
         f"images), of {entropy:.2f} each. What they would be without it is their mean over its values, weighted by a "
         "classifier of noisy images in place of the null condition; where that knows less than there is, the use "
         "comes out too large. "
         + (
-            f"From noise to clean, half of its own use is over at a log-SNR of {' and '.join(halves)}: half of what "
-            "there is to know, the other factor told)."
+            f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}, where half of what "
+            "there is to know is known to that classifier."
             if halves
             else ""
         )

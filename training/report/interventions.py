@@ -59,15 +59,15 @@ def intervention_section(subject: Subject) -> Section:
     bands = list(effects["none"])
     changes = {name: list(effect.values()) for name, effect in effects.items() if name != "none"}
     section = Section(title, [], tables={"interventions": rows}, shown=("interventions",))
-    strongest = "; ".join(
-        f"{band} {max(changes, key=lambda name: changes[name][place])}" for place, band in enumerate(bands)
-    )
+    parts = {name: values for name, values in changes.items() if name != "no condition"} or changes
+    strongest = max(parts, key=lambda name: max(parts[name]))
+    most = max(parts[strongest])
     section.show(
         "effects",
         plots.effect_figure(changes, bands),
         f"{subject.num_images} images from the same noise, without guidance. Numbers are the power of the change over "
-        "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images. Largest effect "
-        f"by octave (cycles per image): {strongest}.",
+        "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images. Of a part alone "
+        f"'{strongest}' changes most, {most:.2f} at {bands[parts[strongest].index(most)]} cycles per image.",
     )
     if not subject.has_null_condition:
         section.reading.append(f"Interventions that take the condition away are left out: {_why_no_null(subject)}.")

@@ -131,7 +131,7 @@ def _read_arrival(
         f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
         + (
             "The best linear denoiser of data with this spectrum, which knows nothing else of them, has them at "
-            f"{best}: at a given noise level only octaves that stand out of the noise can be told."
+            f"{best}. Octaves that come before that are told by what the network knows of such images otherwise."
             if linear
             else ""
         )
