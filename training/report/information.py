@@ -113,8 +113,8 @@ def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
         "classifier of noisy images in place of the null condition; where that knows less than there is, the use "
         "comes out too large. "
         + (
-            f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}, where half of what "
-            "there is to know is known to that classifier."
+            f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}, where half of "
+            "what there is to know is known to that classifier."
             if halves
             else ""
         )
