@@ -27,6 +27,7 @@ TABLES = (
     "interventions/dissociation",
     "interventions/interventions",
     "information/ceiling",
+    "information/half",
     "decisions/levels",
     "order/arrival",
     "order/arrival_of_pixels",
@@ -37,9 +38,14 @@ TABLES = (
 RIGHT = ("structure_right", "texture_right", "structure_of_other", "texture_of_other")
 
 
+FACTS = ("variant", "world", "checkpoint", "training", "code", "seconds")  # that this script cannot do without
+
+
 def read_table(report: Path, name: str) -> list[dict]:
+    """Rows of a table, none where the last call for this report did not make its section, or the section has none."""
     path = report / "sections" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    made = name.split("/")[0] in read_facts(report)["seconds"]
+    return json.loads(path.read_text(encoding="utf-8")) if made and path.is_file() else []
 
 
 def read_facts(report: Path) -> dict:
@@ -49,9 +55,12 @@ def read_facts(report: Path) -> dict:
         SystemExit: if the folder is no report, or one of an earlier version.
     """
     path = report / "report.json"
-    if not path.is_file():
-        raise SystemExit(f"`reports` has {report.name}, which has no report.json: make it with training/analyze.py.")
-    return read_json(path)
+    facts = read_json(path) if path.is_file() else {}
+    missing = [name for name in FACTS if name not in facts]
+    if missing:
+        what = f"says nothing of {missing[0]}" if facts else "is missing"
+        raise SystemExit(f"`reports` has {report.name}, whose report.json {what}: make it with training/analyze.py.")
+    return facts
 
 
 def common_facts(facts: list[dict]) -> dict:
@@ -62,24 +71,42 @@ def common_facts(facts: list[dict]) -> dict:
     """
     own = ("checkpoint", "seconds")
     common = {name: value for name, value in facts[0].items() if name not in own}
-    common["training"] = {**common["training"], "seed": [fact["training"]["seed"] for fact in facts]}
+    common["training"] = {**common["training"], "seed": [fact["training"].get("seed") for fact in facts]}
     for fact in facts:
         training = {**fact["training"], "seed": common["training"]["seed"]}
         other = {name: value for name, value in {**fact, "training": training}.items() if name not in own}
         if other != common:
-            names = [name for name in {**common, **other} if common.get(name) != other.get(name)]
-            differing = ", ".join(f"{name}: {common.get(name)!r}, {other.get(name)!r}" for name in names)
-            raise SystemExit(f"`reports` must be seeds of one recipe, measured alike; they differ in {differing}.")
+            raise SystemExit(
+                f"`reports` must be seeds of one recipe, measured alike; they differ in {differences(common, other)}."
+            )
     checkpoints = [fact["checkpoint"] for fact in facts]
-    if len(set(checkpoints)) < len(checkpoints):
+    known = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    if len(set(known)) < len(known):
         raise SystemExit("`reports` has reports of the same weights twice: name each model once.")
     return {**common, "checkpoints": [checkpoint and checkpoint[:12] for checkpoint in checkpoints]}
+
+
+def differences(one: dict, other: dict, of: str = "") -> str:
+    """ "config.rank: 4, 8", ..."""
+    told = []
+    for name in {**one, **other}:
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            told.append(differences(a, b, f"{of}{name}."))
+        elif a != b:
+            told.append(f"{of}{name}: {a!r}, {b!r}")
+    return ", ".join(told)
 
 
 def over_seeds(values: list[float]) -> dict:
     """Mean and 95 % t-interval over seeds; needs two."""
     found = paired_difference(values, [0.0] * len(values))
     return {"by_seed": values, "mean": found.mean, "low": found.low, "high": found.high}
+
+
+def mean_of(values: list[float | None]) -> float:
+    """Of those that are known."""
+    return float(np.mean([value for value in values if value is not None]))
 
 
 def by_name(tables: list[list[dict]], key: str) -> dict[str, list[dict]]:
@@ -141,7 +168,7 @@ def collect(reports: list[Path]) -> dict:
         rings = sorted({row["ring"] for row in spectral[0]})
         result["spectral_gate_by_ring"] = {
             name: [
-                over_seeds([np.nanmean([row[name] for row in table if row["ring"] == ring]) for table in spectral])
+                over_seeds([mean_of([row[name] for row in table if row["ring"] == ring]) for table in spectral])
                 for ring in rings
             ]
             for name in ("half_open_shift", "slope")
@@ -171,6 +198,11 @@ def collect(reports: list[Path]) -> dict:
         ):
             halves = {of: [found[of][name] for found in uses] for of in uses[0]}
             result[key] = {of: over_seeds(found) for of, found in halves.items() if None not in found}
+    of_data = tables["information/half"]
+    if all(of_data):
+        result["half_is_in_the_data_at"] = {
+            name: mean_of([rows[0][name] for rows in of_data]) for name in of_data[0][0] if name != "difference"
+        }
     levels = by_name(tables["decisions/levels"], "kind")
     if levels:
         result["levels"] = {

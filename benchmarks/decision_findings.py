@@ -30,7 +30,7 @@ def collect(reports: list[Path]) -> dict[str, dict]:
     Raises:
         SystemExit: if a report gives no decision levels, or reports of a world and a variant are not of one recipe.
     """
-    worlds = {}
+    worlds, all_facts = {}, {}
     for report in reports:
         facts, levels = read_facts(report), read_table(report, "decisions/levels")
         if not levels:
@@ -39,6 +39,7 @@ def collect(reports: list[Path]) -> dict[str, dict]:
         found = worlds.setdefault(
             world, {"predicted_sign": PREDICTED[world], "of_data": levels[0]["of_data"], "models": {}}
         )
+        all_facts.setdefault((world, facts["variant"]), []).append(facts)
         kinds = found["models"].setdefault(facts["variant"], {})
         for row in levels:
             values = {name: row[name] for name in ("structure", "texture", "difference", "low", "high")}
@@ -48,11 +49,8 @@ def collect(reports: list[Path]) -> dict[str, dict]:
             difference = use["texture"] - use["structure"]
             values = {**use, "difference": difference, "low": None, "high": None}
             kinds.setdefault("use", []).append({"report": report.name, **values})
-    for found in worlds.values():
-        found["protocol"] = {
-            variant: common_facts([read_facts(report) for report in reports if report.name in names_of(kinds)])
-            for variant, kinds in found["models"].items()
-        }
+    for world, found in worlds.items():
+        found["protocol"] = {variant: common_facts(all_facts[world, variant]) for variant in found["models"]}
         found["over_seeds"] = {
             variant: {
                 kind: over_seeds([row["difference"] for row in rows]) for kind, rows in kinds.items() if len(rows) > 1
@@ -60,10 +58,6 @@ def collect(reports: list[Path]) -> dict[str, dict]:
             for variant, kinds in found["models"].items()
         }
     return {world: worlds[world] for world in PREDICTED if world in worlds}
-
-
-def names_of(kinds: dict[str, list[dict]]) -> set[str]:
-    return {row["report"] for rows in kinds.values() for row in rows}
 
 
 def use_of(report: Path) -> dict[str, float | None]:

@@ -169,16 +169,16 @@ def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, lab
 
 @contextmanager
 def changed_gate(transformer: ConditionedDiTTransformer2DModel, change: str, num_train_timesteps: int = 1000):
-    """Another gate in every block.
+    """Another gate in every block, or another learned spectral gate.
 
     Args:
         change: for Freq-Gate "zero", "half", "one": that constant; "mean": its mean over all timesteps, so that its
             values stay and their course goes; "reversed": its value at the mirrored timestep; "shuffled": those of
             other channels, in an order that is fixed per block; "random": a constant between 0 and 1 per block and
-            channel. For Band-Gate "zero": no difference between bands; "half": half of it; "mean" and "reversed", of
-            the same label, unless its gates depend on the class alone; "shuffled", within each branch; "random": noise
-            that is fixed per block, as large as the gates are at the time. For any model with a learned spectral gate
-            "wiener": the one that training began with.
+            channel. For Band-Gate "zero": no difference between bands; "mean" and "reversed", of the same label,
+            unless its gates depend on the class alone; and where they are vectors "half": half of the difference;
+            "shuffled", within each branch; "random": noise that is fixed per block, as large as the gates are at the
+            time. For any model with a learned spectral gate "wiener": the one that training began with.
         num_train_timesteps: of the noise schedule.
 
     Raises:
@@ -207,8 +207,10 @@ def gate_changes(transformer: ConditionedDiTTransformer2DModel) -> tuple[str, ..
     if isinstance(transformer, FreqGateDiTTransformer2DModel):
         return GATES + spectral
     if isinstance(transformer, BandGateDiTTransformer2DModel) and "band" in transformer.inspectable:
-        of_class = transformer.config.band_drive == "class"
-        return tuple(name for name in BAND_GATES if not (of_class and name in OVER_TIME)) + spectral
+        left_out = OVER_TIME if transformer.config.band_drive == "class" else ()
+        if transformer.config.band_gates == "scalar":  # two numbers in place of channels
+            left_out += ("half", "shuffled", "random")
+        return tuple(name for name in BAND_GATES if name not in left_out) + spectral
     return spectral
 
 

@@ -556,11 +556,12 @@ def information_figure(
         levels, curves, half = data
         for index, (factor, nats) in enumerate(curves.items()):
             colour, style = PALETTE[index % 2], "-" if index < 2 else ":"
-            axes.plot(levels, nats, color=colour, ls=style, lw=1.6, label=factor if index < 2 else None)
+            label = factor.replace(", the other factor known", ", other told")
+            axes.plot(levels, nats, color=colour, ls=style, lw=1.6, label=label)
             if index < 2:
                 axes.axvline(half[factor], color=colour, ls="--", lw=1)
         axes.set(title="In the noisy image (dashed: half of it)", ylabel="known of the factor (nats)")
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=8)
     if by_factor:
         totals = {factor: [(row["log_snr"], row["density"]) for row in rows] for factor, rows in by_factor.items()}
         _draw_densities(panels.pop(0), "Used of one factor, the other known", totals)
@@ -607,7 +608,9 @@ def worlds_figure(log_snr: Sequence[float], worlds: dict[str, dict]):
         axes.remove()
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.supylabel("known of the factor (nats)", fontsize=9)
-    figure.supxlabel("log-SNR (left noise, right clean); dashed: half of it is known", fontsize=9)
+    figure.supxlabel(
+        "log-SNR (left noise, right clean); dashed: half known; dotted: the other factor told", fontsize=9
+    )
     return figure
 
 

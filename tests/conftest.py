@@ -17,7 +17,8 @@ from freqgate_dit.transformer_freqgate_dit import ConditionedDiTTransformer2DMod
 torch.set_num_threads(1)
 
 
-# They start processes. Begun last, one of them would keep one worker busy while the other has nothing left.
+# They start processes, or measure a whole model. Begun last, one of them would keep one worker busy while the other
+# has nothing left.
 LONG = ("test_compare", "test_faults", "test_pushes", "test_train", "test_evaluation", "test_analyze")
 
 

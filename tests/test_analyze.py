@@ -12,10 +12,10 @@ from diffusers import DDPMScheduler
 from test_decisions import ROWS, deciding_pipeline, read
 
 from freqgate_dit.analysis import band_gain_table, gate_statistics, spectral_gate_table, wiener_gain
-from freqgate_dit.metrics import band_power
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.plots import decibel
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, ShapesTextures
+from freqgate_dit.spectral import dct2
 from freqgate_dit.statistics import Bootstrap
 from freqgate_dit.training import factor_classifier, information, judges
 from freqgate_dit.training.analyze import main
@@ -33,6 +33,7 @@ from freqgate_dit.training.report import (
 from freqgate_dit.training.report.interventions import difference, dissociation, division
 from freqgate_dit.training.report.order import order_of
 from freqgate_dit.training.report.page import Section, keep_section, render_page
+from freqgate_dit.training.report.subject import Spectrum
 
 
 SURE = {"structure": 1.0, "texture": 1.0}
@@ -135,10 +136,10 @@ def test_a_report_of_a_latent_model_without_gates(tmp_path, capsys):
 def test_decoded_images_of_the_built_in_data_are_compared_with_its_own(tmp_path):
     transformer = tiny_transformer("adaln_zero", num_classes=64, sample_size=16)
     subject = Subject(make_pipeline(transformer, vae=tiny_vae_tiny()), "mod", num_images=4, steps=4)
-    mean, power, source = subject.pixel_spectrum
+    known = subject.pixel_spectrum
     images = ShapesTextures(1024, 32, "mod", split="train").images(range(1024)).float() / 127.5 - 1
-    assert torch.allclose(mean.float(), images.mean(0), atol=1e-4)
-    assert power.shape == (5,) and source == "1,024 images of the training data"
+    assert torch.allclose(known.mean.float(), images.mean(0), atol=1e-4)
+    assert known.octaves.shape == (5,) and known.source == "1,024 images of the training data"
     captions = trace_section(subject).captions
     for space, what in (("latents", "latent"), ("pixels", "image")):
         assert f"At the end the octaves of the {what} have" in captions[f"trace_of_{space}"]
@@ -147,7 +148,7 @@ def test_decoded_images_of_the_built_in_data_are_compared_with_its_own(tmp_path)
 def test_a_report_of_an_unconditional_model(tmp_path, capsys):
     make_pipeline(tiny_transformer(num_classes=None, in_channels=3)).save_pretrained(tmp_path / "pipeline")
     main(["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "report"), *SMALL])
-    assert "no part that could be taken away" in capsys.readouterr().out
+    assert "no part of it can be taken away" in capsys.readouterr().out
 
 
 def test_a_report_of_a_text_model(tmp_path, capsys):
@@ -356,6 +357,15 @@ def test_a_model_without_a_null_condition_is_read_over_its_classes():
     assert names[1:3] == ["other condition in low", "other condition in high"]
     assert not any("no condition" in name for name in names) and "hybrids" in section.figures
     assert "left out: the model was trained without a null condition" in section.reading[0]
+
+    # One of the built-in data: what the paths share out is read from exchanged labels alone.
+    transformer = tiny_transformer("freq_gate", num_classes=64, in_channels=3, sample_size=32, patch_size=8)
+    judged = Subject(make_pipeline(transformer, class_dropout_prob=0.0), "mod", num_images=3, steps=3)
+    judged.classifier = (read, SURE)
+    found = intervention_section(judged)
+    assert [row["by"] for row in found.tables["dissociation"]] == ["other condition"]
+    assert "second" not in found.reading[-1] and "null condition" not in found.reading[-1]
+
     section = gate_section(subject)
     assert section.claims[0]["claim"].startswith("On average over classes the low band gives way")
     _, low, high = zip(*(band_gain_table(pipe.transformer, label=label) for label in range(3)))
@@ -368,17 +378,17 @@ def test_the_order_is_of_what_the_label_does_not_tell():
     pipe = deciding_pipeline()
     subject = Subject(pipe, "mod", num_images=64, steps=4)
     subject.spectrum_around_classes = None
-    subject.data_spectrum = (torch.zeros(3, 16, 16), torch.ones(4), "nothing")
+    subject.data_spectrum = Spectrum(torch.zeros(3, 16, 16), torch.ones(3, 16, 16), "nothing")
     whole = trace_section(subject).tables["trace"]
     subject = Subject(pipe, "mod", num_images=64, steps=4)
     images = pipe(list(range(64)), seed=list(range(64)), **subject.options(output_type="latent")).images
-    subject.spectrum_around_classes = (images, torch.ones(4), "these images")
+    subject.spectrum_around_classes = Spectrum(images, torch.ones(3, 16, 16), "these images")
     section = trace_section(subject)
     assert "difference from the mean image of the class" in section.reading[0]
     assert max(row["predicted_power"] for row in whole[-4:]) > 0.01
     assert all(row["predicted_power"] < 1e-6 for row in section.tables["trace"][-4:])
     linear = [row for row in section.tables["arrival"] if row["class"] == "linear denoiser"]
-    assert [row["0-1 cycles"] for row in linear] == pytest.approx([0, np.log(9)])
+    assert [row["0-1 cycles"] for row in linear] == pytest.approx([0, np.log(9)], abs=1e-3)
     groups = [row["class"] for row in section.tables["arrival"][:-2:2]]
     assert groups == ["all", *STRUCTURES, *TEXTURES]
 
@@ -386,12 +396,24 @@ def test_the_order_is_of_what_the_label_does_not_tell():
 def test_the_spectrum_around_classes_is_without_their_means():
     transformer = tiny_transformer(num_classes=64, in_channels=3, sample_size=32, patch_size=8)
     subject = Subject(make_pipeline(transformer), "mod")
-    means, power, _ = subject.spectrum_around_classes
+    around = subject.spectrum_around_classes
     images, labels = subject.real_images(64 * 32, "validation")
-    fresh = band_power(images, means[labels]).mean((0, 1))
-    assert means.shape == (64, 3, 32, 32) and power.shape == (5,)
-    np.testing.assert_allclose(power, fresh, rtol=0.1)
-    assert (power < subject.data_spectrum[1]).all()
+    fresh = dct2(images - around.mean[labels]).square().mean(0)
+    assert around.mean.shape == (64, 3, 32, 32) and around.octaves.shape == (5,)
+    np.testing.assert_allclose(around.power.mean((1, 2)), fresh.mean((1, 2)), rtol=0.05)
+    assert (around.octaves < subject.data_spectrum.octaves).all()
+
+
+def test_a_linear_denoiser_has_an_octave_when_its_coefficients_stand_out():
+    power = torch.ones(3, 16, 16, dtype=torch.float64)
+    power[:, 0, 1], power[:, 4, 4] = 100.0, 0.0
+    known = Spectrum(torch.zeros(3, 16, 16), power, "made up")
+    for share in (0.5, 0.9):
+        levels = known.linear_arrival(share)
+        assert levels[1:] == pytest.approx([np.log(share / (1 - share))] * 3, abs=0.01)  # no power, no weight
+    # The mean, and half a cycle over one axis or both: of S of 1, 100, 1, 1, mostly by the strong one.
+    gains = 1 / (1 + np.exp(-levels[0]) / np.array([1, 100, 1, 1]))
+    assert gains @ np.array([1, 100, 1, 1]) / 103 == pytest.approx(0.9, abs=1e-3)
 
 
 def test_a_section_is_made_anew_for_another_key(tmp_path):

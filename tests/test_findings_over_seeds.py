@@ -10,7 +10,7 @@ from freqgate_dit.statistics import paired_difference
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-FACTS = {"variant": "freq_gate", "world": "mod", "config": {"rank": 4}, "freqgate_dit": "1.0"}
+FACTS = {"variant": "freq_gate", "world": "mod", "config": {"rank": 4}, "code": "1.0"}
 FACTORS = ("structure", "texture")
 
 
@@ -30,7 +30,7 @@ def write(tmp_path):
         own = {
             "training": {"seed": number, "max_steps": 10},
             "checkpoint": f"sha{number}",
-            "seconds": {"order": number},
+            "seconds": {table.split("__")[0]: number for table in tables},
         }
         for table, rows in tables.items():
             path = folder / "sections" / f"{table.replace('__', '/')}.json"
@@ -65,6 +65,7 @@ class TestOneRecipe:
                 gates__gates=[{"correlation": seed, "agreement": 0.5}, {"correlation": -seed, "agreement": 1.0}],
                 gates__gate_means=[{"block": b, "mean_gate": g} for b in (0, 1) for g in (0.5, 0.5 + b * seed)],
                 information__ceiling=use(-3.0 + seed, -2.0),
+                information__half=[{"structure": -3.0 + seed, "texture": -2.0, "difference": 1.0 - seed}],
                 decisions__levels=[level(-1.0, 1.0 + seed), level(-2.0, -2.0, "insertion")],
                 interventions__interventions=[
                     {"intervention": "none", "held_out_loss": before, "change_0-1": 0.0, "structure_right": 1.0},
@@ -86,6 +87,7 @@ class TestOneRecipe:
         assert found["information_over_entropy"]["label"]["by_seed"] == [2.0] * 3
         assert found["half_of_the_use_at"].keys() == {f"{factor}, the other factor known" for factor in FACTORS}
         assert found["half_of_the_use_at"]["structure, the other factor known"]["by_seed"] == [-3, -2, -1]
+        assert found["half_is_in_the_data_at"] == {"structure": -2.0, "texture": -2.0}
         assert found["half_is_used_at"]["structure, the other factor known"]["by_seed"] == [-3.5, -2.5, -1.5]
         assert found["levels"]["swap"]["difference"]["by_seed"] == [2, 3, 4]
         assert found["levels"]["insertion"]["difference"]["mean"] == 0
@@ -119,11 +121,11 @@ class TestOneRecipe:
             ("world", "add"),
             ("config", {"rank": 8}),
             ("training", {"seed": 1, "max_steps": 20}),
-            ("freqgate_dit", "0.9"),
+            ("code", "0.9"),
         ],
     )
     def test_reports_of_several_recipes_are_refused(self, script, write, name, other):
-        with pytest.raises(SystemExit, match=f"they differ in {name}: "):
+        with pytest.raises(SystemExit, match=f"they differ in {name}[:.]"):
             script("analysis_findings").collect([write("one"), write("two", {**FACTS, name: other})])
 
     def test_one_model_is_not_two_seeds(self, script, write):
@@ -131,7 +133,7 @@ class TestOneRecipe:
             script("analysis_findings").collect([write("one"), write("two", {**FACTS, "checkpoint": "sha0"})])
 
     def test_a_folder_that_is_no_report_is_refused(self, script, tmp_path):
-        with pytest.raises(SystemExit, match="no_report, which has no report.json"):
+        with pytest.raises(SystemExit, match="no_report, whose report.json is missing"):
             script("analysis_findings").collect([tmp_path / "no_report"])
 
     def test_curves_are_drawn_by_seed_and_part(self, script, write, monkeypatch):

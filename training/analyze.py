@@ -34,6 +34,7 @@ from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import write_card
 from freqgate_dit.shapes_textures import NUM_CLASSES, WORLDS
 from freqgate_dit.training import report
+from freqgate_dit.training.config import ASIDE
 from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
@@ -135,8 +136,11 @@ def update_card(given: argparse.Namespace, sections: list[Section], sampler: str
     print(f"\nwrote the claims into {path} and the model card, {folder / 'README.md'}")
 
 
-def facts_of(given: argparse.Namespace, model: Model, subject: Subject, sampler: str, sections: list[Section]) -> dict:
-    """What was measured and how, as it stands at the head of the page and in `report.json`."""
+def facts_of(
+    given: argparse.Namespace, model: Model, subject: Subject, code: str, scheduler: dict, sections: list[Section]
+) -> dict:
+    """What was measured and how: `report.json`, and in short the head of the page."""
+    training_config = model.summary.training_config or {}
     return {
         "variant": model.summary.variant,
         "parameters": model.summary.parameters,
@@ -144,10 +148,11 @@ def facts_of(given: argparse.Namespace, model: Model, subject: Subject, sampler:
         "world": subject.world,
         "checkpoint": model.weights["checkpoint"],
         "config": {name: value for name, value in model.summary.config.items() if name[0] != "_"},
-        "training": {name: (model.summary.training_config or {}).get(name) for name in ("seed", "max_steps")},
-        "sampler": sampler,
-        **{name: getattr(given, name) for name in ("steps", "images", "pairs", "levels", "seed")},
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "training": {name: value for name, value in training_config.items() if name not in ASIDE},
+        "scheduler": scheduler,
+        **{name: getattr(given, name) for name in (*LEAST, "prompts")},
+        "dtype": model.dtype,
+        "code": code,
         "torch": torch.__version__.split("+")[0],
         "freqgate_dit": __version__,
         "seconds": {name: section.seconds for name, section in zip(given.sections, sections, strict=True)},
@@ -158,9 +163,9 @@ def in_words(facts: dict) -> str:
     of_world = f", world '{facts['world']}'" if facts["world"] else ""
     return (
         f"Variant {facts['variant']}, {facts['parameters'] / 1e6:.2f} M parameters, {facts['prediction_type']}"
-        f"{of_world}; {facts['sampler']}, {facts['steps']} steps, without guidance; {facts['images']} images from "
-        f"seed {facts['seed']}; {facts['dtype']}, torch {facts['torch']}, freqgate_dit {facts['freqgate_dit']}. "
-        f"Measured in {sum(facts['seconds'].values()):.0f} s."
+        f"{of_world}; {facts['scheduler']['class']}, {facts['steps']} steps, without guidance; {facts['images']} "
+        f"images from seed {facts['seed']}; {facts['dtype']}, torch {facts['torch']}, freqgate_dit "
+        f"{facts['freqgate_dit']}. Measured in {sum(facts['seconds'].values()):.0f} s."
     )
 
 
@@ -179,6 +184,8 @@ def run(given: argparse.Namespace):
     sizes = given.images, given.steps, given.pairs, given.levels, given.seed, given.batch_size
     subject = Subject(model.pipe, world_of(model, given.world), *sizes, given.prompts, given.cache_dir)
     scheduler = {"class": type(model.pipe.scheduler).__name__, **scheduler_arguments(model.pipe.scheduler)}
+    # The classes' names, and whether the null condition was trained, are no part of the weights.
+    config = [model.summary.config, model.pipe.id2label, model.pipe.config.class_dropout_prob]
     # Not the version: between two of them the code changes too.
     code = digest_of_sources(*(Path(module.__file__).parent for module in (freqgate_dit, pipelines, training, report)))
     sections = []
@@ -188,11 +195,11 @@ def run(given: argparse.Namespace):
             if model.weights["checkpoint"] is None:  # weights that have no digest are never the same
                 shutil.rmtree(given.out / "sections" / name, ignore_errors=True)
             options = [getattr(subject, option) for option in OPTIONS[name]]
-            key = digest(name, code, model.weights, scheduler, options, subject.world, model.dtype)
+            key = digest(name, code, model.weights, config, scheduler, options, subject.world, model.dtype)
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))
             progress.write(f"{name}: {f'measured in {section.seconds:.0f} s' if is_new else 'unchanged, kept'}")
             sections.append(section)
-    facts = facts_of(given, model, subject, scheduler["class"], sections)
+    facts = facts_of(given, model, subject, code, scheduler, sections)
     write_text(given.out / "report.json", json.dumps(facts, indent=1) + "\n")
     write_text(
         given.out / "report.html",

@@ -42,7 +42,7 @@ from freqgate_dit.devices import accelerators, available_cores
 from freqgate_dit.files import digest, digest_of_sources, read_json, read_json_lines, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.training.checkpoints import checkpoint_folders
-from freqgate_dit.training.config import TrainingRun, parse_config
+from freqgate_dit.training.config import ASIDE, TrainingRun, parse_config
 from freqgate_dit.training.evaluation import check_arguments, make_parser
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest, size_cells
@@ -57,7 +57,6 @@ SHARED = (
     "num_epochs per_device_batch_size gradient_accumulation_steps validate_every seed output_dir"
 ).split()
 # What may differ between a run that is there and the one that is wanted: it changes none of its numbers.
-ASIDE = "output_dir cache_dir cpu_threads resume log_every save_every preview_every num_previews".split()
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,19 @@ One file each in `cache_dir/judges`, named by its world, its image size, and the
 that code trains its own.
 """
 
-import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from freqgate_dit import shapes_textures, spectral
 from freqgate_dit.features import CACHE_DIR
-from freqgate_dit.files import replace_file
+from freqgate_dit.files import digest, replace_file
 from freqgate_dit.training import factor_classifier, information
 from freqgate_dit.training.factor_classifier import FactorClassifier, train_factor_classifier
 from freqgate_dit.training.information import NoiseClassifier, train_noise_classifier
@@ -31,7 +31,9 @@ def factor_judge(
     Raises:
         OSError: if `cache_dir` cannot be written to; before anything is trained.
     """
-    return _kept(FactorClassifier(), train_factor_classifier, world, image_size, cache_dir)
+    judge, accuracy = _kept(FactorClassifier(), train_factor_classifier, world, image_size, cache_dir)
+    judge.world = world
+    return judge, accuracy
 
 
 def noise_judge(world: str, image_size: int, cache_dir: str | Path = CACHE_DIR) -> NoiseClassifier:
@@ -53,20 +55,21 @@ def _kept(
     """The judge that is kept, in evaluation mode, with its accuracies; a file that is damaged is made again."""
     folder = Path(cache_dir).expanduser() / "judges"
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"`cache_dir` ({cache_dir}) cannot be written to: choose another.")
     path = folder / f"{type(judge).__name__}_{world}_{image_size}_{_digest_of_code()}.safetensors"
     try:
         with safe_open(path, "pt") as file:
             judge.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-            judge.world = world
             return judge.eval(), json.loads(file.metadata()["accuracy"])
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError):  # absent or damaged
         judge, accuracy = train(world=world, image_size=image_size)
     metadata = {"accuracy": json.dumps(accuracy)}
-    replace_file(path, lambda temporary: save_file(judge.state_dict(), temporary, metadata))
+    content = save(judge.state_dict(), metadata)  # as bytes, as `save_file` makes files that others cannot read
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
     return judge, accuracy
 
 
 def _digest_of_code() -> str:
     modules = (spectral, shapes_textures, factor_classifier, information)
-    sources = (inspect.getsource(module) for module in modules)
-    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
+    return digest([inspect.getsource(module) for module in modules])[:12]

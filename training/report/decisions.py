@@ -21,8 +21,12 @@ EXCHANGES = {
 def later(difference) -> str:
     """By how much the texture is decided later, in words."""
     words = {1: "later than structure", -1: "earlier than structure", 0: "about as late as structure"}
-    interval = f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs)"
-    return f"{words.get(side(difference, 0.0), 'earlier or later than structure, undecided')}: {interval}"
+    side_of = words.get(side(difference, 0.0), "earlier or later than structure, undecided")
+    return f"{side_of}: {in_words(difference)}"
+
+
+def in_words(difference) -> str:
+    return f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs)"
 
 
 def decision_section(subject: Subject) -> Section:
@@ -109,7 +113,7 @@ def side(interval, centre: float, least: float = 0.0) -> int | None:
 
 def _read_swap(section: Section, subject: Subject, levels: dict, difference):
     predicted, of_data = PREDICTED[subject.world], subject.data_difference
-    interval = f"{difference.estimate:+.2f} (95 % {difference.low:+.2f} to {difference.high:+.2f}, over pairs)"
+    interval = in_words(difference)
     section.reading.append(
         f"{subject.num_pairs} pairs of labels, exchanged at {subject.num_levels} noise levels. Structure is decided "
         f"at a log-SNR of {levels['structure']:+.2f}, texture at {levels['texture']:+.2f}; difference {interval}. The "

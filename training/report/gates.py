@@ -79,7 +79,7 @@ def block_gate_section(subject: Subject) -> Section:
         timesteps, gates = gate_table(transformer, train_steps)
         levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
         known = subject.data_spectrum
-        statistics = gate_statistics(gates, levels, wiener_gain(known[1].numpy(), levels) if known else None)
+        statistics = gate_statistics(gates, levels, wiener_gain(known.octaves.numpy(), levels) if known else None)
         signs = "".join("+" if row["correlation"] > 0 else "-" for row in statistics)
         mean = {name: np.mean([row[name] for row in statistics]) for name in ("agreement", "range")}
         rows = [
@@ -132,9 +132,12 @@ def band_gate_section(subject: Subject) -> Section:
     untrained = subject.is_conditional and not subject.has_null_condition
     read = [band_gain_table(transformer, label=label) for label in (classes if untrained else [None])]
     timesteps, low, high = (np.mean(values, axis=0) for values in zip(*read))
-    condition = (
-        "on average over classes" if untrained else "under the null condition" if classes else "without a condition"
-    )
+    condition = "under the null condition" if classes else "without a condition"
+    if untrained:
+        few = f"the first {MOST_GATED} " if len(classes) < subject.pipe.num_classes else ""
+        condition = f"on average over {few}classes"
+    if subject.pipe.is_text_conditional:
+        condition = "under a text embedding of zeros"
     levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
     ratio = plots.decibel(low, high)  # (T, blocks, 2)
     visibility = band_visibility(transformer, timesteps)

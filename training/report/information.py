@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from freqgate_dit import plots
@@ -58,8 +59,7 @@ def information_section(subject: Subject) -> Section:
             section.reading.append(
                 "Of the data alone, whatever the model: half of what there is to know of the structure is known to a "
                 f"classifier of noisy images at a log-SNR of {half['structure']:+.2f}, of the texture at "
-                f"{half['texture']:+.2f}. A label exchanged well above that level comes too late for an ideal "
-                "denoiser, so the levels of the last section should lie in this order."
+                f"{half['texture']:+.2f}. The levels of the last section should lie in this order."
             )
     else:
         section.reading.append(
@@ -84,8 +84,8 @@ def _caption(densities: dict[str, list[dict]]) -> str:
             f"of {name} at a log-SNR of {peak['log_snr']:+.1f}, there mostly in {max(bands, key=peak.get)} per image"
         )
     return (
-        f"Most is used {'; '.join(told)}. The area under a curve is the information used, in nats; below 0 the label "
-        "does harm."
+        f"Most is used {'; '.join(told)}. The area under a curve of what is used is its information in nats; below 0 "
+        "the label does harm."
     )
 
 
@@ -106,18 +106,14 @@ def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
         possible.append(is_possible(low, high, entropy))
         if use["half_at_log_snr"] is not None:
             half_of_data = subject.data_information[2][with_other(name)]
-            halves.append(f"{use['half_at_log_snr']:+.2f} for {name} ({half_of_data:+.2f} in the data)")
+            of_data = f" (the classifier knows half of it at {half_of_data:+.2f})" if np.isfinite(half_of_data) else ""
+            halves.append(f"{use['half_at_log_snr']:+.2f} for {name}{of_data}")
     section.reading.append(
         f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, 2,048 "
         f"images), of {entropy:.2f} each. What they would be without it is their mean over its values, weighted by a "
         "classifier of noisy images in place of the null condition; where that knows less than there is, the use "
         "comes out too large. "
-        + (
-            f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}, where half of "
-            "what there is to know is known to that classifier."
-            if halves
-            else ""
-        )
+        + (f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}." if halves else "")
     )
     section.claim(
         f"Of each factor the predictions use something, and at most {MOST_USE:g} times what there is to know (1 for "

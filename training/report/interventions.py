@@ -45,7 +45,10 @@ def intervention_section(subject: Subject) -> Section:
     title = "Interventions"
     found = interventions_of(subject)
     if not found:
-        return Section(title, ["A model without null condition and gates has no part that could be taken away."])
+        reading = (
+            f"Left out: this model has no gates, and {_why_no_null(subject)}, so no part of it can be taken away."
+        )
+        return Section(title, [reading])
     effects, correct, of_other, losses = measure(subject, found)
     judged = subject.has_factors
     rows = []
@@ -59,16 +62,17 @@ def intervention_section(subject: Subject) -> Section:
     bands = list(effects["none"])
     changes = {name: list(effect.values()) for name, effect in effects.items() if name != "none"}
     section = Section(title, [], tables={"interventions": rows}, shown=("interventions",))
-    parts = {name: values for name, values in changes.items() if name != "no condition"} or changes
-    strongest = max(parts, key=lambda name: max(parts[name]))
-    most = max(parts[strongest])
-    section.show(
-        "effects",
-        plots.effect_figure(changes, bands),
+    parts = {name: values for name, values in changes.items() if name != "no condition"}
+    caption = (
         f"{subject.num_images} images from the same noise, without guidance. Numbers are the power of the change over "
-        "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images. Of a part alone "
-        f"'{strongest}' changes most, {most:.2f} at {bands[parts[strongest].index(most)]} cycles per image.",
+        "the power of the image, per octave: 0 is no effect, 2 as different as two unrelated images."
     )
+    if parts:
+        strongest = max(parts, key=lambda name: max(parts[name]))
+        most = max(parts[strongest])
+        band = bands[parts[strongest].index(most)]
+        caption += f" Of a part alone '{strongest}' changes most, {most:.2f} at {band} cycles per image."
+    section.show("effects", plots.effect_figure(changes, bands), caption)
     if not subject.has_null_condition:
         section.reading.append(f"Interventions that take the condition away are left out: {_why_no_null(subject)}.")
     both_paths = {"other condition in low", "other condition in high"} <= found.keys()
@@ -183,7 +187,7 @@ def _read_division(section: Section, subject: Subject, correct: dict, of_other: 
         serves = None
         verdict = (
             f"it says little, as the unchanged model is right in {shown['structure']:.0%} of structures and "
-            f"{shown['texture']:.0%} of textures, and what is not there cannot be lost"
+            f"{shown['texture']:.0%} of textures, and what it cannot show cannot be taken over"
         )
     told = f"double dissociation index {interval_of(index)} of at most 1, by labels exchanged in one path"
     if "no" in indices:
@@ -193,10 +197,11 @@ def _read_division(section: Section, subject: Subject, correct: dict, of_other: 
         for path in ("low", "high")
         for factor in FACTORS
     )
-    _claim_division(section, subject, f"{told}; of the other label is shown: {effects}", serves)
+    _claim_division(section, subject, f"{told}; of the other label is taken over: {effects}", serves)
+    second = " The second hangs on the null condition and how well it was trained." if "no" in indices else ""
     section.reading.append(
-        f"{told[0].upper()}{told[1:]} (95 %, over images). By the first: {verdict}. The second hangs on the null "
-        "condition and how well it was trained. Both are of this one model."
+        f"{told[0].upper()}{told[1:]} (95 %, over images of this one model). By "
+        f"{'the first' if second else 'that'}: {verdict}.{second}"
     )
 
 

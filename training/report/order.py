@@ -6,10 +6,10 @@ import torch
 from freqgate_dit import plots
 from freqgate_dit.metrics import band_power
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
-from freqgate_dit.traces import DenoisingTrace, NoPredictionError, noised_power
+from freqgate_dit.traces import DenoisingTrace, NoPredictionError, last_crossing, noised_power
 from freqgate_dit.training.decisions import factors
 from freqgate_dit.training.report.page import Section
-from freqgate_dit.training.report.subject import Subject
+from freqgate_dit.training.report.subject import Spectrum, Subject
 
 
 SAME_LEVEL = 0.25  # nats of log-SNR: less apart is the same step of the sampler
@@ -28,9 +28,9 @@ def trace_section(subject: Subject) -> Section:
         spectra["pixel"] = subject.pixel_spectrum
         section.shown += ("arrival_of_pixels",)
     count = min(subject.num_images, subject.batch_size)
-    means = {space: known[0] if known else None for space, known in spectra.items()}
+    means = {space: known.mean if known else None for space, known in spectra.items()}
     if around:
-        means["latent"] = around[0][subject.labels[:count]]
+        means["latent"] = around.mean[subject.labels[:count]]
     traces = {space: DenoisingTrace(space, mean=mean) for space, mean in means.items()}
     shown = [index for index in subject.diverse(6) if index < count]
     strip = []  # predictions of the images shown after each step, as the model sees them
@@ -52,20 +52,21 @@ def trace_section(subject: Subject) -> Section:
         power = trace.predicted_power.mean((1, 2)).numpy()
         section.tables[name] = trace.rows()
         what = "latent" if space == "latent" and len(traces) > 1 else "image"
-        caption = [_read_arrival(section, subject, trace, count, what, known[1] if known else None)]
+        octaves = known.octaves.numpy() if known else None
+        caption = [_read_arrival(section, subject, trace, count, what, known)]
         if known:
-            caption.append(_read_final_power(trace, power[-1] / known[1].numpy(), known[2], what))
+            caption.append(_read_final_power(trace, power[-1] / octaves, known.source, what))
         elif space == "latent":
             caption.append("The pipeline holds no spectrum of the training data, so there is nothing to compare with.")
-        figure = plots.trace_figure(trace.log_snr, trace.bands, power, known[1].numpy() if known else None)
-        section.show(name, figure, " ".join(caption))
+        section.show(name, plots.trace_figure(trace.log_snr, trace.bands, power, octaves), " ".join(caption))
     if around:
         section.reading.append(
-            "All powers are of the difference from the mean image of the class: that mean can be told from the label "
-            "alone, in pure noise."
+            "Powers of the predicted image are those of its difference from the mean image of the class, which can be "
+            "told from the label alone, in pure noise."
         )
     if spectra["latent"]:
-        _compare_with_forward_process(section, subject, traces["latent"], *spectra["latent"][:2])
+        octaves = spectra["latent"].octaves
+        _compare_with_forward_process(section, subject, traces["latent"], means["latent"], octaves)
 
     steps = np.unique(np.linspace(0, len(strip) - 1, 10).round().astype(int))
     images = [subject.pipe.postprocess(strip[step], "np") for step in steps]
@@ -75,22 +76,23 @@ def trace_section(subject: Subject) -> Section:
         [f"{traces['latent'].log_snr[step]:+.1f}" for step in steps],
         "predicted clean image, columns: log-SNR",
     )
-    last = images[-1]
-    near = next(i for i, each in enumerate(images) if np.mean((each - last) ** 2) < 0.1 * last.var())
-    section.show(
-        "predictions",
-        figure,
-        "What the model takes for the clean image, from noise to the end. The mean squared difference from the last "
-        f"one is below a tenth of its variance from a log-SNR of {traces['latent'].log_snr[steps[near]]:+.1f} on.",
-    )
+    caption = "What the model takes for the clean image, from noise to the end."
+    errors = np.array([float((each - strip[-1]).square().mean() / strip[-1].var().clamp(min=1e-12)) for each in strip])
+    near = last_crossing(traces["latent"].log_snr, -errors, -0.1)
+    if np.isfinite(near):
+        caption += (
+            " Its mean squared difference from the last one is below a tenth of that one's variance from a log-SNR "
+            f"of {near:+.1f} on."
+        )
+    section.show("predictions", figure, caption)
     return section
 
 
 def _read_arrival(
-    section: Section, subject: Subject, trace: DenoisingTrace, count: int, what: str, data: torch.Tensor | None
+    section: Section, subject: Subject, trace: DenoisingTrace, count: int, what: str, known: Spectrum | None
 ) -> str:
     """At which noise levels the octaves of `what` have a share of their final power, of all images, by class, on the
-    built-in data by structure and by texture; and of the best linear denoiser of Gaussian data of the power `data`."""
+    built-in data by structure and by texture; and of the best linear denoiser of data that are `known`."""
     groups = {"all": range(count)}
     if subject.has_factors:
         for names, places in zip((STRUCTURES, TEXTURES), factors(torch.tensor(subject.labels[:count]))):
@@ -107,11 +109,11 @@ def _read_arrival(
         for share in SHARES
     ]
     linear = {}
-    if data is not None and trace.space == "latent":
-        linear = {share: np.log(share / (1 - share) / data.numpy()) for share in SHARES}
+    if known is not None and trace.space == "latent":
+        linear = {share: known.linear_arrival(share) for share in SHARES}
         section.tables["arrival"] += [
             {"space": what, "class": "linear denoiser", "share": share}
-            | {f"{band} cycles": float(level) for band, level in zip(trace.bands, levels)}
+            | {f"{band} cycles": level for band, level in zip(trace.bands, levels)}
             for share, levels in linear.items()
         ]
     arrivals = [trace.arrival(share) for share in SHARES]
@@ -130,8 +132,8 @@ def _read_arrival(
         f"Mean over {count} images. Order in which the octaves of the predicted clean {what} "
         f"({', '.join(trace.bands)} cycles) reach a share of their final power, and the log-SNR of each: {told}. "
         + (
-            "The best linear denoiser of data with this spectrum, which knows nothing else of them, has them at "
-            f"{best}. Octaves that come before that are told by what the network knows of such images otherwise."
+            "The best linear denoiser of data with this spectrum, which takes every frequency by itself, has them at "
+            f"{best}."
             if linear
             else ""
         )
@@ -157,7 +159,7 @@ def _compare_with_forward_process(
     """The spectrum of the noisy samples beside that of noised data, which is known without any network.
 
     Args:
-        mean: of the data, `(C, H, W)`, or of its classes.
+        mean: of the data, `(C, H, W)`, or of each image's class.
         data: `(bands,)` power around it.
     """
     # x_t after a step has the noise of the next one; its power is about zero, not about the data's mean.

@@ -11,11 +11,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from freqgate_dit.features import CACHE_DIR
-from freqgate_dit.metrics import band_power
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, encode_to_latent_moments
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
 from freqgate_dit.shapes_textures import NUM_CLASSES, TEXTURES, ShapesTextures
-from freqgate_dit.spectral import SpectrumStatistics, idct2, octave_bands
+from freqgate_dit.spectral import SpectrumStatistics, dct2, idct2, octave_bands
 from freqgate_dit.training.factor_classifier import scaled
 from freqgate_dit.training.information import factor_information, half_level, without_factor
 from freqgate_dit.training.judges import factor_judge, noise_judge
@@ -26,6 +25,39 @@ from freqgate_dit.training.validation import Validation, ValidationResult
 LEAST_SHOWN = 0.5  # share of right images, from which on it is measured what becomes of them
 NUM_OF_SPECTRUM = 1024
 NUM_AROUND_CLASSES = 8192
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What images are like, by frequency.
+
+    Args:
+        mean: image `(C, H, W)`; or `(classes, C, H, W)`, of each class.
+        power: `(C, H, W)` of the DCT coefficients around it.
+        source: where they are from, in words.
+    """
+
+    mean: torch.Tensor
+    power: torch.Tensor
+    source: str
+
+    @property
+    def octaves(self) -> torch.Tensor:
+        """Mean power `(bands,)`."""
+        power, bands = self.power.mean(0), octave_bands(*self.power.shape[-2:])
+        return torch.stack([power[bands == band].mean() for band in range(int(bands.max()) + 1)])
+
+    def linear_arrival(self, share: float) -> list[float]:
+        """Log-SNR at which each octave has `share` of its final power in what the best linear denoiser of such data
+        predicts: of a coefficient of power S that is S times its Wiener gain, sigmoid(l + ln S)."""
+        levels = torch.linspace(-20, 30, 2001, dtype=torch.float64)
+        bands = octave_bands(*self.power.shape[-2:])
+        found = []
+        for band in range(int(bands.max()) + 1):
+            power = self.power[:, bands == band].flatten().double()
+            predicted = torch.sigmoid(levels[:, None] + power.log()) @ power / power.sum()
+            found.append(float(np.interp(share, predicted.numpy(), levels.numpy())))
+        return found
 
 
 @dataclass
@@ -159,40 +191,45 @@ class Subject:
         return difference if np.isfinite(difference) else None
 
     @cached_property
-    def data_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
-        """Mean image `(C, H, W)` and power of the octaves `(bands,)` of the training data in the model's space, and
-        where they are from; of the built-in data measured, otherwise from what the pipeline keeps."""
+    def data_spectrum(self) -> Spectrum | None:
+        """Of the training data in the model's space: of the built-in data measured, otherwise from what the pipeline
+        keeps."""
         if self.world is not None:
             return measured_spectrum(self.real_images(NUM_OF_SPECTRUM, "train")[0])
         size = self.pipe.transformer.config.sample_size
         spectrum = self.pipe.scheduler.config.get("spectrum") or self.pipe.scheduler.config.get("_spectrum")
         own = self.pipe.transformer.spectrum
         if own is not None:
-            return octave_spectrum(own.mean.cpu().double(), own.power.cpu().double(), "the weights")
+            return Spectrum(idct2(own.mean.cpu().double()), own.power.cpu().double(), "the weights")
         if spectrum:
-            return octave_spectrum(
-                spectral_mean(spectrum, size, size),
+            return Spectrum(
+                idct2(spectral_mean(spectrum, size, size)),
                 spectral_power(spectrum, size, size),
                 "the scheduler's configuration, which keeps means over rings: about right",
             )
         return None
 
     @cached_property
-    def spectrum_around_classes(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
-        """The same around the mean of each class, `(classes, C, H, W)`, what a label tells from the start; `None` of
-        other than the built-in data on pixels."""
+    def spectrum_around_classes(self) -> Spectrum | None:
+        """The same around the mean of each class, which the label tells from the start; `None` of other than the
+        built-in data on pixels."""
         if not self.has_factors or self.pipe.vae is not None:
             return None
-        images, labels = self.real_images(NUM_AROUND_CLASSES, "train")
-        counts = labels.bincount(minlength=NUM_CLASSES)
-        means = torch.zeros(NUM_CLASSES, *images.shape[1:]).index_add_(0, labels, images)
-        means = means / counts.view(-1, 1, 1, 1)
-        power = band_power(images, means[labels]).mean((0, 1))
-        unbiased = len(images) / (len(images) - NUM_CLASSES)  # the means are of the same images
-        return means, power * unbiased, f"{len(images):,} images of the training data"
+        data = ShapesTextures(NUM_AROUND_CLASSES, self.image_size, self.world, split="train")
+        batches = [range(start, start + 512) for start in range(0, len(data), 512)]
+        counts = data.labels(range(len(data))).bincount(minlength=NUM_CLASSES)
+        means = torch.zeros(NUM_CLASSES, 3, self.image_size, self.image_size)
+        for batch in batches:
+            means.index_add_(0, data.labels(batch), scaled(data.images(batch)))
+        means /= counts.view(-1, 1, 1, 1)
+        power = torch.zeros(means.shape[1:])
+        for batch in batches:
+            power += dct2(scaled(data.images(batch)) - means[data.labels(batch)]).square().sum(0)
+        # The means are of the same images.
+        return Spectrum(means, power.double() / (len(data) - NUM_CLASSES), _of_training(len(data)))
 
     @cached_property
-    def pixel_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, str] | None:
+    def pixel_spectrum(self) -> Spectrum | None:
         """The same of the images themselves, in [-1, 1]; `None` of other than the built-in data."""
         if self.world is None:
             return None
@@ -249,14 +286,11 @@ class Subject:
         return validation.summarise(validation(denoise, without))
 
 
-def measured_spectrum(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str]:
+def measured_spectrum(images: torch.Tensor) -> Spectrum:
     statistics = SpectrumStatistics()
     statistics.update(images)
-    return octave_spectrum(statistics.mean, statistics.power, f"{len(images):,} images of the training data")
+    return Spectrum(idct2(statistics.mean), statistics.power, _of_training(len(images)))
 
 
-def octave_spectrum(mean: torch.Tensor, power: torch.Tensor, source: str) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """The mean image, the power per octave `(bands,)`, and `source`, of DCT coefficients `(C, H, W)`."""
-    power, bands = power.mean(0), octave_bands(*power.shape[-2:])
-    octaves = torch.stack([power[bands == band].mean() for band in range(int(bands.max()) + 1)])
-    return idct2(mean), octaves, source
+def _of_training(count: int) -> str:
+    return f"{count:,} images of the training data"
