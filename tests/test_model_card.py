@@ -523,11 +523,60 @@ def test_many_classes_are_folded_up(tmp_path):
     assert "<summary>Names of 11 classes</summary>\n\n0 class_0, 1 class_1, 2 class_2" in card.text
 
 
-def test_the_projects_own_card_is_made_from_its_files():
-    """`python benchmarks/demo_card.py` has not been forgotten."""
+@pytest.fixture(scope="module")
+def demo_card():
     script = importlib.util.spec_from_file_location("demo_card", ROOT / "benchmarks" / "demo_card.py")
-    demo_card = importlib.util.module_from_spec(script)
-    script.loader.exec_module(demo_card)
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    return module
+
+
+def over(mean, half):
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+@pytest.mark.parametrize(
+    "function, mean, half, limits, verdict",
+    [
+        ("beyond", 2.0, 0.5, (1.0,), "supported"),
+        ("beyond", 0.2, 0.5, (1.0,), "not supported"),
+        ("beyond", 1.2, 0.5, (1.0,), "undecided"),
+        ("near", 2.1, 0.1, (2.0, 0.25), "supported"),
+        ("near", 3.0, 0.1, (2.0, 0.25), "not supported"),
+        ("near", 2.2, 0.1, (2.0, 0.25), "undecided"),
+        ("either_side", -0.3, 0.1, (0.1,), "supported"),
+        ("either_side", 0.02, 0.05, (0.1,), "not supported"),
+        ("either_side", 0.1, 0.05, (0.1,), "undecided"),
+    ],
+)
+def test_what_holds_over_seeds(demo_card, function, mean, half, limits, verdict):
+    assert getattr(demo_card, function)(over(mean, half), *limits).startswith(f"{verdict}: {mean:+.2f} [")
+
+
+@pytest.mark.parametrize(
+    "sign, mean, verdict",
+    [(1, 2.0, "supported"), (1, -2.0, "not supported"), (-1, -2.0, "supported"), (-1, 2.0, "not supported")]
+    + [(0, 0.0, "supported"), (0, 2.0, "not supported"), (0, 0.4, "undecided"), (1, 0.1, "undecided")],
+)
+def test_the_sign_of_a_world_over_seeds(demo_card, sign, mean, verdict):
+    model = {"difference": mean, "low": mean - 0.3, "high": mean + 0.3}
+    found = {"models": {"freq_gate": {"swap": [model]}}, "over_seeds": {"freq_gate": {}}}
+    cell = demo_card.of_world(found, "freq_gate", sign)
+    assert cell == f"{verdict}: {mean:+.2f} [{mean - 0.3:+.2f}, {mean + 0.3:+.2f}] (one model, over pairs)"
+    assert demo_card.of_world(found, "band_gate", sign) == "-"
+    found = {"models": {"freq_gate": {"swap": [model, model]}}, "over_seeds": {"freq_gate": {"swap": over(mean, 0.2)}}}
+    assert demo_card.of_world(found, "freq_gate", sign).endswith(f"{mean + 0.2:+.2f}] (2 models)")
+
+
+def test_directions_over_seeds(demo_card):
+    assert demo_card.direction({"gates": {"correlation": [[0.9, -0.2], [0.3, -0.8]]}}).startswith(
+        "not supported: 2 of 4"
+    )
+    assert demo_card.direction({"gains": {"correlation": [[-0.9, -0.2]]}}) == "supported: 0 of 2 rise as noise falls"
+
+
+def test_the_projects_own_card_is_made_from_its_files(demo_card):
+    """`python benchmarks/demo_card.py` has not been forgotten."""
     card = (ROOT / "model_card.md").read_text(encoding="utf-8")
     assert card == demo_card.render_demo_card()
     # The command is one for the root of a checkout.
