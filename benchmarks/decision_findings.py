@@ -37,8 +37,15 @@ def collect(reports: list[Path]) -> dict[str, dict]:
             raise SystemExit(f"`reports` has {report.name}, which gives no decision levels: see its report.html.")
         world = facts["world"]
         found = worlds.setdefault(
-            world, {"predicted_sign": PREDICTED[world], "of_data": levels[0]["of_data"], "models": {}}
+            world,
+            {
+                "predicted_sign": PREDICTED[world],
+                "of_data": levels[0]["of_data"],
+                "models": {},
+                "used_over_entropy": {},
+            },
         )
+        found["used_over_entropy"].setdefault(facts["variant"], []).append(used_of(report))
         all_facts.setdefault((world, facts["variant"]), []).append(facts)
         kinds = found["models"].setdefault(facts["variant"], {})
         for row in levels:
@@ -58,6 +65,13 @@ def collect(reports: list[Path]) -> dict[str, dict]:
             for variant, kinds in found["models"].items()
         }
     return {world: worlds[world] for world in PREDICTED if world in worlds}
+
+
+def used_of(report: Path) -> dict[str, float]:
+    """How much of each factor is used, over what there is to know of it. More than 1 is more than an ideal denoiser
+    can: then the classifier that stands in for not knowing it knows less of it than there is, and tells it late."""
+    uses = {row["of"]: row["nats"] / row["entropy"] for row in read_table(report, "information/ceiling")}
+    return {factor: uses[with_other(factor)] for factor in FACTORS if with_other(factor) in uses}
 
 
 def use_of(report: Path) -> dict[str, float | None]:
@@ -88,6 +102,16 @@ def print_findings(worlds: dict[str, dict]):
                     ", ".join(with_interval(row) for row in reports),
                     text(over)[1] if over else "-",
                 ]
+    print_table(
+        "Use of a factor over its entropy, each model",
+        list(FACTORS),
+        {
+            f"{world}, {variant}": [", ".join(f"{one[factor]:.2f}" for one in models if one) for factor in FACTORS]
+            for world, found in worlds.items()
+            for variant, models in found["used_over_entropy"].items()
+        },
+        "world, variant",
+    )
     columns = ["predicted", "of the data", "structure / texture", "texture - structure, each model", "over seeds"]
     print_table("Decision levels (log-SNR)", columns, rows, "world, variant, measurement")
 

@@ -180,6 +180,8 @@ class TestWorlds:
         assert [row["difference"] for row in of_mod["freq_gate"]["use"]] == [1, 2]
         assert [row["report"] for row in of_mod["band_gate"]["swap"]] == ["c"] and "use" not in of_mod["band_gate"]
         assert "use" not in worlds["reversed"]["models"]["freq_gate"]
+        assert worlds["mod"]["used_over_entropy"]["freq_gate"] == [dict.fromkeys(FACTORS, 1.5)] * 2
+        assert worlds["mod"]["used_over_entropy"]["band_gate"] == [{}]
         over = worlds["mod"]["over_seeds"]
         assert over["freq_gate"]["swap"]["mean"] == 2.5 and over["band_gate"] == {}
 
