@@ -45,16 +45,18 @@ def collect(reports: list[Path]) -> dict[str, dict]:
                 "used_over_entropy": {},
             },
         )
-        found["used_over_entropy"].setdefault(facts["variant"], []).append(used_of(report))
+        uses = {row["of"]: row for row in read_table(report, "information/ceiling")}
+        uses = {factor: uses[with_other(factor)] for factor in FACTORS if with_other(factor) in uses}
+        found["used_over_entropy"].setdefault(facts["variant"], []).append(over_entropy(uses))
         all_facts.setdefault((world, facts["variant"]), []).append(facts)
         kinds = found["models"].setdefault(facts["variant"], {})
         for row in levels:
             values = {name: row[name] for name in ("structure", "texture", "difference", "low", "high")}
             kinds.setdefault(row["kind"], []).append({"report": report.name, **values})
-        use = use_of(report)
-        if None not in use.values():
-            difference = use["texture"] - use["structure"]
-            values = {**use, "difference": difference, "low": None, "high": None}
+        half = {factor: use["half_at_log_snr"] for factor, use in uses.items()}
+        if half and None not in half.values():
+            difference = half["texture"] - half["structure"]
+            values = {**half, "difference": difference, "low": None, "high": None}
             kinds.setdefault("use", []).append({"report": report.name, **values})
     for world, found in worlds.items():
         found["protocol"] = {variant: common_facts(all_facts[world, variant]) for variant in found["models"]}
@@ -67,17 +69,10 @@ def collect(reports: list[Path]) -> dict[str, dict]:
     return {world: worlds[world] for world in PREDICTED if world in worlds}
 
 
-def used_of(report: Path) -> dict[str, float]:
+def over_entropy(uses: dict[str, dict]) -> dict[str, float]:
     """How much of each factor is used, over what there is to know of it. More than 1 is more than an ideal denoiser
     can: then the classifier that stands in for not knowing it knows less of it than there is, and tells it late."""
-    uses = {row["of"]: row["nats"] / row["entropy"] for row in read_table(report, "information/ceiling")}
-    return {factor: uses[with_other(factor)] for factor in FACTORS if with_other(factor) in uses}
-
-
-def use_of(report: Path) -> dict[str, float | None]:
-    """Level at which half of the use of each factor is over, `None` where the report gives none."""
-    levels = {row["of"]: row["half_at_log_snr"] for row in read_table(report, "information/ceiling")}
-    return {factor: levels.get(with_other(factor)) for factor in FACTORS}
+    return {factor: use["nats"] / use["entropy"] for factor, use in uses.items()}
 
 
 def signed(value: float | None) -> str:

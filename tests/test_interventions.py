@@ -121,22 +121,28 @@ def test_band_gate_without_its_band_gates():
     assert torch.equal(changed, run(model)) and not torch.equal(changed, run(tiny_transformer("band_gate")))
 
 
+def band_gates(model, timestep, *change):
+    """What Band-Gate's gates are, `(blocks, B, 1, branches * D)`, and the output, with a change of them or without."""
+    seen = []
+    with ExitStack() as contexts:
+        if change:
+            contexts.enter_context(changed_gate(model, *change))
+        for block in model.transformer_blocks:  # after the change's own
+            handle = block.band_modulation.register_forward_hook(lambda *args: seen.append(args[2]))
+            contexts.callback(handle.remove)
+        output = run(model, timestep=timestep)
+    return torch.stack(seen), output
+
+
 @pytest.mark.parametrize("branches", ["both", "attention"])
 def test_other_band_gates(branches):
     model = tiny_transformer("band_gate", band_branches=branches)
-    plain = run(model)
+    plain, num_branches = run(model), len(model.transformer_blocks[0].branches)
 
     def gates(*change):
-        seen = []
-        with ExitStack() as contexts:
-            if change:
-                contexts.enter_context(changed_gate(model, *change))
-            for block in model.transformer_blocks:  # after the change's own
-                handle = block.band_modulation.register_forward_hook(lambda *args: seen.append(args[2]))
-                contexts.callback(handle.remove)
-            changed = run(model)
+        found, changed = band_gates(model, 400, *change)
         assert not change or (changed - plain).abs().max() > 1e-4
-        return torch.stack(seen).unflatten(-1, (len(block.branches), -1))  # (blocks, B, 1, branches, D)
+        return found.unflatten(-1, (num_branches, -1))  # (blocks, B, 1, branches, D)
 
     own = gates()
     assert torch.allclose(gates("half"), own / 2)
@@ -183,15 +189,7 @@ def test_band_gates_of_another_time_are_those_of_the_same_label_then(drive):
     plain = run(model, timestep=250)
 
     def gates(timestep, *change):
-        seen = []
-        with ExitStack() as contexts:
-            if change:
-                contexts.enter_context(changed_gate(model, *change))
-            for block in model.transformer_blocks:  # after the change's own
-                handle = block.band_modulation.register_forward_hook(lambda *args: seen.append(args[2]))
-                contexts.callback(handle.remove)
-            run(model, timestep=timestep)
-        return torch.stack(seen)
+        return band_gates(model, timestep, *change)[0]
 
     assert (gates(250) - gates(749)).abs().max() > 1e-3
     torch.testing.assert_close(gates(250, "reversed"), gates(749), rtol=1e-4, atol=1e-5)

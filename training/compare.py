@@ -56,7 +56,6 @@ SHARED = (
     "tokenizer num_train_timesteps beta_schedule beta_start beta_end num_validation_images max_steps "
     "num_epochs per_device_batch_size gradient_accumulation_steps validate_every seed output_dir"
 ).split()
-# What may differ between a run that is there and the one that is wanted: it changes none of its numbers.
 
 
 @dataclass(frozen=True)

@@ -335,9 +335,9 @@ SECTIONS = {
 }
 
 
-# Knobs that hold a path, or may.
-# What does not change the weights that a run ends with.
+# Knobs that change none of a run's numbers.
 ASIDE = "output_dir cache_dir cpu_threads resume log_every save_every preview_every num_previews".split()
+# Knobs that hold a path, or may.
 LOCAL = ("dataset", "cache_dir", "output_dir", "vae", "text_encoder", "tokenizer", "init_from", "resume")
 
 
