@@ -105,7 +105,7 @@ NUM_CLASSES = len(STRUCTURES) * len(TEXTURES)
 
 
 class Components(NamedTuple):
-    """Summands of one image: float64 tensors of shape (3, H, W), before clipping to [-1, 1]."""
+    """Summands of an image, float64 (3, H, W), or of several, (B, 3, H, W); before clipping to [-1, 1]."""
 
     structure: torch.Tensor
     texture: torch.Tensor
@@ -166,6 +166,16 @@ class ShapesTextures(torch.utils.data.Dataset):
         world = _WORLDS[self.world]
         return {"structure": world.structure_band, "texture": world.texture_band}
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether the texture is inside the shape alone, so that what it looks like depends on the structure."""
+        return _WORLDS[self.world].masked
+
+    @property
+    def is_coloured(self) -> bool:
+        """Whether the texture has no grey: its three channels sum to 0."""
+        return _WORLDS[self.world].coloured
+
     def __len__(self) -> int:
         return self.num_images
 
@@ -202,16 +212,16 @@ class ShapesTextures(torch.utils.data.Dataset):
             images[start : start + chunk] = ((values + 1) * 127.5).round().to(torch.uint8)
         return images
 
-    def components(self, i: int) -> Components:
-        """The summands of image `i` before they are added, clipped to [-1, 1] and rounded to 8 bits.
+    def components(self, indices: int | Sequence[int]) -> Components:
+        """The summands of an image, or of several, `(B, 3, H, W)` each, before they are added, clipped and rounded.
 
         Which one is low and which high in frequency depends on the world; `bands` tells.
 
         Raises:
-            IndexError: if `i` is not in [0, len(self)).
+            IndexError: if an index is not in [0, len(self)).
         """
-        parts = _render(_WORLDS[self.world], self._key, self._checked([i]), self.image_size)
-        return Components(*(part[0] for part in parts))
+        parts = _render(_WORLDS[self.world], self._key, self._checked(indices), self.image_size)
+        return Components(*(part[0] for part in parts)) if isinstance(indices, int) else parts
 
     def _checked(self, indices: Sequence[int]) -> np.ndarray:
         checked = np.asarray(indices, dtype=np.int64).reshape(-1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet
@@ -20,6 +21,7 @@ from freqgate_dit.statistics import Bootstrap
 from freqgate_dit.training import factor_classifier, information, judges
 from freqgate_dit.training.analyze import main
 from freqgate_dit.training.decisions import LabelSwaps
+from freqgate_dit.training.factor_posterior import FactorPosterior
 from freqgate_dit.training.report import (
     OPTIONS,
     SECTIONS,
@@ -52,19 +54,20 @@ def built_in_pipeline(folder, variant="freq_gate", **options):
 
 
 @pytest.fixture
-def quick_judges(monkeypatch, tmp_path):
-    """The real judges, of one batch; the words that have the report keep them where no other test finds them."""
+def quick_judge(monkeypatch, tmp_path):
+    """The real judge, of one batch, and the posterior of few draws; the words that keep the judge to the test."""
     monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
     monkeypatch.setattr(information, "TEST_IMAGES", 32)
-    monkeypatch.setattr(information, "NUM_IMAGES", 128)
+    few_draws = partial(FactorPosterior, num_draws=64)
+    monkeypatch.setattr("freqgate_dit.training.report.subject.FactorPosterior", few_draws)
     train = judges.train_factor_classifier
     monkeypatch.setattr(judges, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
-    return ["--cache_dir", str(tmp_path / "judges_cache")]
+    return ["--cache_dir", str(tmp_path / "judge_cache")]
 
 
-def test_a_report_of_a_gated_model(tmp_path, capsys, quick_judges):
+def test_a_report_of_a_gated_model(tmp_path, capsys, quick_judge):
     folder, out = built_in_pipeline(tmp_path / "pipeline"), tmp_path / "report"
-    words = ["--pipeline", str(folder), "--out", str(out), *SMALL, *quick_judges]
+    words = ["--pipeline", str(folder), "--out", str(out), *SMALL, *quick_judge]
     main(words)
     page = (out / "report.html").read_text()
     printed = capsys.readouterr()
@@ -316,7 +319,7 @@ def test_a_learned_spectral_gate_is_read():
         spectral_gate_table(tiny_transformer("adaln_zero"))
 
 
-def test_each_section_is_made_anew_for_the_options_that_it_reads_alone(tmp_path, quick_judges, monkeypatch):
+def test_each_section_is_made_anew_for_the_options_that_it_reads_alone(tmp_path, quick_judge, monkeypatch):
     """What is declared in `OPTIONS` is what a section reads."""
     read, chosen = set(), {name for names in OPTIONS.values() for name in names}
     get = Subject.__getattribute__
@@ -329,7 +332,7 @@ def test_each_section_is_made_anew_for_the_options_that_it_reads_alone(tmp_path,
     pipe = FreqGateDiTPipeline.from_pretrained(
         built_in_pipeline(tmp_path / "pipeline", "band_gate", preconditioning="learned", prediction_type="epsilon")
     )
-    subject = Subject(pipe, "mod", 4, 4, 3, 3, batch_size=4, cache_dir=quick_judges[1])
+    subject = Subject(pipe, "mod", 4, 4, 3, 3, batch_size=4, cache_dir=quick_judge[1])
     subject.classifier = (subject.classifier[0], SURE)
     monkeypatch.setattr(Subject, "__getattribute__", recorded)
     for name, make in SECTIONS.items():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from diffusers import DDPMScheduler
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import log_snr
 from freqgate_dit.training import information
+from freqgate_dit.training.factor_posterior import FactorPosterior
 from freqgate_dit.training.information import (
     factor_information,
     half_level,
     noised,
-    train_noise_classifier,
     without_factor,
 )
 from freqgate_dit.training.latents import CachedLatents
@@ -49,21 +50,21 @@ def test_the_level_of_half_the_information():
 
 def test_what_a_factor_has_is_known_of_clear_images_and_nothing_of_noise(monkeypatch):
     monkeypatch.setattr(information, "TEST_IMAGES", 256)
-    monkeypatch.setattr(information, "LOG_SNR_RANGE", (5.0, 9.0))
+    monkeypatch.setattr(information, "LOG_SNR_RANGE", (-30.0, 1.0))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    classifier = train_noise_classifier("add", 32, num_images=2560)
-    levels, nats = factor_information(classifier, "add", 32, num_levels=3)
+    levels, nats = factor_information(FactorPosterior("add", 32, num_draws=2048), "add", 32, num_levels=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert levels.tolist() == [5, 7, 9] and all(values.max() <= math.log(8) for values in nats.values())
-    assert nats["structure"][-1] > 0.7
-    monkeypatch.setattr(information, "LOG_SNR_RANGE", (-30.0, -20.0))
-    _, nats = factor_information(train_noise_classifier("add", 32, num_images=256), "add", 32, num_levels=3)
-    assert all(values.max() < 0.1 for values in nats.values())
+    assert levels.tolist() == [-30, -14.5, 1] and set(nats) == {
+        *("structure", "texture"),
+        *("structure, the other factor known", "texture, the other factor known"),
+    }
+    for values in nats.values():
+        assert abs(values[0]) < 1e-3 and abs(values[1]) < 0.01 and 1.8 < values[2] <= math.log(8)
 
 
 class TestWithoutAFactor:
-    """Images of patterns whose ideal denoiser and classifier are known.
+    """Images of patterns whose ideal denoiser and posterior are known.
 
     Independent: A_s + B_t, all orthogonal. Dependent: t chooses among patterns of s alone, so that p(t | x) and
     p(t | x, s) differ.
@@ -73,7 +74,7 @@ class TestWithoutAFactor:
     scheduler = DDPMScheduler()
 
     def patterns(self, dependent):
-        """Of all labels: `(64, 768)`; nothing from the 128th pixel on."""
+        """Of all labels: `(64, 768)`."""
         structures, textures = torch.arange(64) // 8, torch.arange(64) % 8
         images = torch.zeros(64, 768)
         images[torch.arange(64), structures] = self.strength
@@ -87,13 +88,11 @@ class TestWithoutAFactor:
 
         return denoise
 
-    def classifier(self, patterns):
-        def log_probabilities(noisy):
-            flat = noisy.flatten(1)
-            variance = flat[:, 128:].square().mean(1, keepdim=True)  # of the pixels that no pattern has
-            scale = (1 - variance).clamp(min=0).sqrt() / variance
-            logits = scale * (flat @ patterns.T) - 0.5 * scale**2 * variance * patterns.square().sum(1)
-            return logits.log_softmax(1).view(-1, 8, 8)
+    def posterior(self, patterns):
+        def log_probabilities(noisy, timesteps):
+            alpha = self.scheduler.alphas_cumprod[timesteps][:, None]
+            logits = alpha.sqrt() * (noisy.flatten(1) @ patterns.T) - 0.5 * alpha * patterns.square().sum(1)
+            return (logits / (1 - alpha)).log_softmax(1).view(-1, 8, 8)
 
         return log_probabilities
 
@@ -105,7 +104,7 @@ class TestWithoutAFactor:
         data = CachedLatents(patterns[labels].view(-1, 1, *self.shape), None, labels)
         validation = Validation(data, self.scheduler, len(labels), 512, num_bins=20)
         denoise = self.denoiser(patterns)
-        without = without_factor(denoise, self.classifier(patterns), factor)
+        without = without_factor(denoise, self.posterior(patterns), factor)
         result = validation.summarise(validation(denoise, without))
         assert result.information_se < 0.15
         assert abs(result.information - math.log(8)) < 3 * result.information_se
@@ -115,13 +114,13 @@ class TestWithoutAFactor:
         noisy, timesteps = torch.randn(5, *self.shape), torch.full((5,), 500)
         labels = torch.tensor([0, 9, 18, 27, 63])
         denoise = self.denoiser(self.patterns(dependent=True))
-        undecided = without_factor(denoise, lambda noisy: torch.zeros(5, 8, 8), "structure")
+        undecided = without_factor(denoise, lambda noisy, timesteps: torch.zeros(5, 8, 8), "structure")
         found = undecided(noisy, timesteps, labels)
         values = [denoise(noisy, timesteps, 8 * value + labels % 8) for value in range(8)]
         assert torch.allclose(found, torch.stack(values).mean(0), atol=1e-6)
         assert torch.equal(found, undecided(noisy, timesteps, labels % 8))
         certain = 1e4 * torch.nn.functional.one_hot(labels, 64).view(5, 8, 8).float()
-        told = without_factor(denoise, lambda noisy: certain, "texture")
+        told = without_factor(denoise, lambda noisy, timesteps: certain, "texture")
         assert torch.allclose(told(noisy, timesteps, labels), denoise(noisy, timesteps, labels), atol=1e-6)
 
 
@@ -163,7 +162,8 @@ class TestDensity:
 
     def test_the_ceiling_is_what_the_labels_have(self, subject, monkeypatch):
         monkeypatch.setattr(information, "TEST_IMAGES", 32)
-        monkeypatch.setattr(information, "NUM_IMAGES", 128)
+        few_draws = partial(FactorPosterior, num_draws=64)
+        monkeypatch.setattr("freqgate_dit.training.report.subject.FactorPosterior", few_draws)
         section = information_section(subject)
         ceiling, structure, texture = section.tables["ceiling"]
         assert structure["entropy"] == texture["entropy"] == math.log(8)

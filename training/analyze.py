@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", nargs="+", default=[], help="of a text-conditional pipeline, used in turn")
     parser.add_argument("--sampler", help="as for training/evaluation.py (default: the pipeline's own)")
     parser.add_argument(
-        "--cache_dir", default=CACHE_DIR, help="where the judges of the built-in data are kept (default %(default)s)"
+        "--cache_dir", default=CACHE_DIR, help="where the judge of the built-in data is kept (default %(default)s)"
     )
     parser.add_argument("--cpu_threads", type=int, help="by default all cores")
     parser.add_argument("--update_card", action="store_true", help="put the claims into the pipeline's model card")

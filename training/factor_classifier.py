@@ -7,7 +7,6 @@ Example:
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,12 +46,11 @@ class FactorClassifier(nn.Module):
         )
         self.texture_head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(TEXTURES)))
 
-    def forward(self, images: torch.Tensor, with_features: bool = False) -> tuple[torch.Tensor, ...]:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of both factors.
 
         Args:
             images: Floating point (B, 3, H, W) in [-1, 1]; another size than 32 x 32 is resized with antialiasing.
-            with_features: Also return what the heads see, (B, 128, 8, 8).
 
         Returns:
             Structure logits and texture logits, (B, 8) each, in the order of `STRUCTURES` and `TEXTURES`.
@@ -68,8 +66,7 @@ class FactorClassifier(nn.Module):
         if images.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             images = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
         features = self.features(images)
-        logits = self.structure_head(features), self.texture_head(features)
-        return (*logits, features) if with_features else logits
+        return self.structure_head(features), self.texture_head(features)
 
 
 def train_factor_classifier(
@@ -97,7 +94,7 @@ def train_factor_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = FactorClassifier()
-        fit_factor_classifier(classifier, data, "training the judge of structure and texture")
+        _fit(classifier, data)
     classifier.world = world
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
     structures, textures = factors_of(test.labels(range(len(test))))
@@ -145,35 +142,20 @@ def _convolution(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn
 
 
 @torch.enable_grad()
-def fit_factor_classifier(
-    classifier: nn.Module,
-    data: ShapesTextures,
-    description: str,
-    augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    loss: Callable | None = None,
-) -> None:
-    """Train in one pass over `data`, with the global random state; leaves the classifier in evaluation mode.
-
-    Args:
-        classifier: a `FactorClassifier`, or what `loss` is for.
-        description: of the progress bar.
-        augment: of images `(B, 3, H, W)` in [-1, 1]; by default some blur and noise, as half-trained models make them.
-        loss: of `(output, structures (B,), textures (B,))`; by default the cross-entropies of both factors.
-    """
-    loss = loss or _cross_entropies
-    augment = augment or _augmented
+def _fit(classifier: FactorClassifier, data: ShapesTextures) -> None:
+    """Train in one pass over `data`, with the global random state; leaves the classifier in evaluation mode."""
     steps = len(data) // BATCH_SIZE
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.15)
     classifier.train()
-    for step in tqdm(range(steps), desc=description, unit="batch", leave=False):
+    for step in tqdm(range(steps), desc="training the judge of structure and texture", unit="batch", leave=False):
         batch = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         structures, textures = factors_of(data.labels(batch))
-        images = augment(scaled(data.images(batch)))
+        images = _augmented(scaled(data.images(batch)))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
-            value = loss(classifier(images), structures, textures)
+            loss = _cross_entropies(classifier(images), structures, textures)
         optimizer.zero_grad()
-        value.backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
     classifier.eval()

@@ -1,15 +1,15 @@
 """How much noisy images of the built-in data tell of a factor, and at which noise level: when the data decides.
 
-A classifier of noisy images x_l has a cross-entropy of at least H(f | x_l), so that `H(f) - cross-entropy` is a lower
-bound of the information I(f; x_l), in nats, whatever the denoiser. Once nothing is left to know, an ideal denoiser of
-x_l has no use for a label. (For diffusion: arXiv 2506.10433.)
+Whoever guesses a factor from a noisy image x_l has a cross-entropy of at least H(f | x_l), so that `H(f) -
+cross-entropy` is a lower bound of the information I(f; x_l), in nats, whatever the denoiser; tight here, where Bayes'
+rule guesses (`factor_posterior`). Once nothing is left to know, an ideal denoiser of x_l has no use for a label. (For
+diffusion: arXiv 2506.10433.)
 
     python -m freqgate_dit.training.information --worlds mod add reversed same flat --out information.json \
         --figure information.png
 """
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -18,51 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
-from freqgate_dit.shapes_textures import NUM_CLASSES, STRUCTURES, TEXTURES, WORLDS, ShapesTextures
+from freqgate_dit.shapes_textures import STRUCTURES, WORLDS, ShapesTextures
 from freqgate_dit.traces import last_crossing
 from freqgate_dit.training.decisions import FACTORS
-from freqgate_dit.training.factor_classifier import (
-    BATCH_SIZE,
-    FactorClassifier,
-    factors_of,
-    fit_factor_classifier,
-    label_of,
-    scaled,
-)
+from freqgate_dit.training.factor_classifier import factors_of, label_of, scaled
+from freqgate_dit.training.factor_posterior import NUM_DRAWS, FactorPosterior
 
 
 LOG_SNR_RANGE = (-8.0, 4.0)  # that is measured
-TRAINED_RANGE = (-9.0, 9.5)  # about that of the usual schedules
-DECIDED_RANGE = (-9.0, 1.0)  # where there is something to learn
 TEST_IMAGES = 512  # at each level
-# A quarter of it does not learn the textures of "mod" to the end.
-NUM_IMAGES = 131_072
-
-
-class NoiseClassifier(nn.Module):
-    """Reads structure and texture off noisy images together: p(s, t | x_l), as noise makes one depend on the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.factors = FactorClassifier()
-        self.pairs = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Dropout(0.1),
-            nn.Linear(128 * 16, NUM_CLASSES),
-        )
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities `(B, structures, textures)` of images `(B, 3, H, W)` in [-1, 1] plus noise."""
-        structure, texture, features = self.factors(images, with_features=True)
-        pairs = self.pairs(features).view(-1, len(STRUCTURES), len(TEXTURES))
-        logits = structure[:, :, None] + texture[:, None] + pairs
-        return logits.flatten(1).float().log_softmax(1).view_as(pairs)
+_BATCH_SIZE = 128
 
 
 def noised(images: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
@@ -71,60 +40,23 @@ def noised(images: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
     return alpha.sqrt() * images + (1 - alpha).sqrt() * torch.randn_like(images)
 
 
-def train_noise_classifier(
-    world: str, image_size: int, num_images: int | None = None, seed: int = 0
-) -> NoiseClassifier:
-    """A classifier of noisy images, of levels in `TRAINED_RANGE`, three quarters of them in `DECIDED_RANGE`.
-
-    The global random state is left as it was.
-
-    Args:
-        world: of `freqgate_dit.shapes_textures.WORLDS`.
-        image_size: as of the images that a model sees, at least 32.
-        num_images: of training, each seen once; by default `NUM_IMAGES`.
-        seed: of the data, the weights and the noise.
-    """
-    train = ShapesTextures(num_images or NUM_IMAGES, image_size, world, split="train", seed=seed)
-
-    steps = itertools.count()
-
-    def at_random_level(images: torch.Tensor) -> torch.Tensor:
-        """Three quarters in `DECIDED_RANGE`, whose noisy end is reached when half of the images have been seen: the
-        textures are learnt from clear images first."""
-        progress = min(1.0, 2 * next(steps) * BATCH_SIZE / len(train))
-        low, high = progress * DECIDED_RANGE[0], DECIDED_RANGE[1]
-        decided = low + (high - low) * torch.rand(len(images))
-        low, high = TRAINED_RANGE
-        anywhere = low + (high - low) * torch.rand(len(images))
-        return noised(images, torch.where(torch.rand(len(images)) < 0.25, anywhere, decided))
-
-    def loss(log_probability: torch.Tensor, structures: torch.Tensor, textures: torch.Tensor) -> torch.Tensor:
-        return -log_probability[torch.arange(len(structures)), structures, textures].mean()
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        classifier = NoiseClassifier()
-        fit_factor_classifier(classifier, train, "training the judge of noisy images", at_random_level, loss)
-    return classifier
-
-
 def with_other(factor: str) -> str:
     """What is to know of a factor, in words, where the other one is known."""
     return f"{factor}, the other factor known"
 
 
 def factor_information(
-    classifier: NoiseClassifier, world: str, image_size: int, num_levels: int = 25, seed: int = 0
+    posterior: Callable, world: str, image_size: int, num_levels: int = 25, seed: int = 0
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Information about structure and about texture in noisy images that a classifier of them knows.
+    """Information about structure and about texture that a posterior finds in noisy images.
 
     Args:
-        classifier: of `train_noise_classifier`, for the same world and image size.
+        posterior: a `FactorPosterior` of the same world and image size.
         num_levels: over `LOG_SNR_RANGE`.
         seed: of the test images and their noise.
 
     Returns:
-        log-SNR `(K,)`, ascending; `(K,)` nats, at most ln 8 = 2.08 and below 0 where the classifier does worse than a
+        log-SNR `(K,)`, ascending; `(K,)` nats, at most ln 8 = 2.08 and below 0 where the posterior does worse than a
         guess, by factor, and under `with_other` of it of one factor when the other is told.
     """
     test = ShapesTextures(TEST_IMAGES, image_size, world, split="test", seed=seed)
@@ -133,10 +65,12 @@ def factor_information(
     levels = torch.linspace(*LOG_SNR_RANGE, num_levels)
     nats = {name: [] for name in (*FACTORS, *map(with_other, FACTORS))}
     rows = torch.arange(len(images))
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         for level in tqdm(levels, desc="information", unit="level", leave=False):
-            both = classifier(noised(images, level.expand(len(images))))
+            log_snr = level.expand(len(images))
+            batches = zip(noised(images, log_snr).split(_BATCH_SIZE), log_snr.split(_BATCH_SIZE), strict=True)
+            both = torch.cat([posterior(noisy, its_level) for noisy, its_level in batches])
             one_factor = both.logsumexp(2), both.logsumexp(1)
             of_other = both[rows, :, expected[1]].log_softmax(1), both[rows, expected[0]].log_softmax(1)
             for name, log_probability, right in zip(nats, one_factor + of_other, expected * 2, strict=True):
@@ -144,18 +78,17 @@ def factor_information(
     return levels.numpy(), {name: np.array(values) for name, values in nats.items()}
 
 
-def without_factor(denoise: Callable, classifier: Callable, factor: str) -> Callable:
+def without_factor(denoise: Callable, posterior: Callable, factor: str) -> Callable:
     """The prediction that is left when a factor of the label is unknown and the other is told.
 
     An ideal denoiser predicts the mean of x0 over the values f of the factor, weighted by p(f | x_l, the other
-    factor): here the mean of the model's predictions, weighted by a classifier of noisy images. So no null condition
-    is needed, nor trusted; where the classifier knows less than there is, the mean is worse than the ideal one, and
-    what the model seems to use of the factor too much. All prediction types are affine in x0 at a given x_l, so a
-    mean of predictions is one of x0.
+    factor): here the mean of the model's predictions, with these weights. So no null condition is needed, nor trusted.
+    Where the posterior knows less than there is, the mean is worse than the ideal one, and what the model seems to use
+    of the factor too much. All prediction types are affine in x0 at a given x_l: a mean of predictions is one of x0.
 
     Args:
         denoise: `(noisy (B, 3, H, W), timesteps (B,), labels (B,)) -> prediction (B, 3, H, W)`.
-        classifier: noisy `(B, 3, H, W)` -> log-probabilities `(B, structures, textures)`, as a `NoiseClassifier`.
+        posterior: `(noisy, timesteps) -> log-probabilities (B, structures, textures)`.
         factor: "structure" or "texture".
 
     Returns:
@@ -165,8 +98,7 @@ def without_factor(denoise: Callable, classifier: Callable, factor: str) -> Call
 
     def mean_prediction(noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         values = list(factors_of(labels))
-        with torch.no_grad():
-            both = classifier(noisy)
+        both = posterior(noisy, timesteps)
         of_others = both if place == 0 else both.transpose(1, 2)  # (B, values of the factor, values of the other)
         weights = of_others[torch.arange(len(labels)), :, values[1 - place]].softmax(1)
         total = torch.zeros_like(noisy)
@@ -181,7 +113,7 @@ def without_factor(denoise: Callable, classifier: Callable, factor: str) -> Call
 def half_level(log_snr: np.ndarray, nats: np.ndarray, whole: float = math.log(len(STRUCTURES))) -> float:
     """Log-SNR from which on half of what there is to know is known; NaN where it never is.
 
-    Half of the whole, not of what this classifier ever knows, which says how well it was trained.
+    Half of the whole, not of what is ever known here, which says how good the posterior is.
 
     Args:
         log_snr: `(K,)`, ascending.
@@ -199,12 +131,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="At which log-SNR do noisy images tell structure and texture?")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--num_images", type=int, default=NUM_IMAGES, help="of training the classifier")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data and classifier, one each")
+    parser.add_argument("--num_draws", type=int, default=NUM_DRAWS, help="images of which a noisy one may be one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of these and of the test images")
     parser.add_argument("--out", type=Path, help="JSON file for the curves, written after each world")
     parser.add_argument("--figure", type=Path, help="PNG file for a picture of them")
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in ("image_size", "num_images")}
+    settings = {name: getattr(arguments, name) for name in ("image_size", "num_draws")}
     result = {**settings, "seeds": arguments.seeds, "test_images": TEST_IMAGES, "worlds": {}}
     print("log-SNR at which half is known, mean over seeds")
     print(f"{'world':10} {'structure':>10} {'texture':>10}  texture - structure, each seed")
@@ -212,8 +144,8 @@ def main() -> None:
         start = time.perf_counter()
         found = []
         for seed in arguments.seeds:
-            classifier = train_noise_classifier(world, **settings, seed=seed)
-            found.append(factor_information(classifier, world, arguments.image_size, seed=seed))
+            posterior = FactorPosterior(world, **settings, seed=seed)
+            found.append(factor_information(posterior, world, arguments.image_size, seed=seed))
         levels = found[0][0]
         nats = {name: np.mean([curves[name] for _, curves in found], axis=0) for name in found[0][1]}
         by_seed = {name: [half_level(levels, curves[name]) for _, curves in found] for name in nats}

@@ -9,6 +9,7 @@ from freqgate_dit import plots
 from freqgate_dit.shapes_textures import STRUCTURES
 from freqgate_dit.traces import last_crossing, span_levels
 from freqgate_dit.training.decisions import FACTORS
+from freqgate_dit.training.factor_posterior import NUM_DRAWS
 from freqgate_dit.training.information import with_other
 from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import Subject
@@ -51,20 +52,21 @@ def information_section(subject: Subject) -> Section:
         ]
         if subject.data_difference is None:
             section.reading.append(
-                "A classifier of noisy images never knows half of one of the factors here, so it tells no levels."
+                "Of one of the factors even the clearest image here tells less than half, so there are no levels."
             )
         else:
             section.tables["half"] = [{**half, "difference": subject.data_difference}]
             section.shown += ("half",)
             section.reading.append(
-                "Of the data alone, whatever the model: half of what there is to know of the structure is known to a "
-                f"classifier of noisy images at a log-SNR of {half['structure']:+.2f}, of the texture at "
-                f"{half['texture']:+.2f}. The levels of the last section should lie in this order."
+                "Of the data alone, whatever the model: half of what there is to know of the structure can be told "
+                f"from a noisy image at a log-SNR of {half['structure']:+.2f}, of the texture at "
+                f"{half['texture']:+.2f} (Bayes' rule over {NUM_DRAWS:,} images). The levels of the last section "
+                "should lie in this order."
             )
     else:
         section.reading.append(
-            "When the data itself tells structure and texture is left out: the classifier reads noisy images, and "
-            "this model's noise is on latents."
+            "When the data itself tells structure and texture is left out: it is known of noisy images, and this "
+            "model's noise is on latents."
         )
     if section.tables.get("ceiling"):
         section.shown += ("ceiling",)
@@ -106,13 +108,12 @@ def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
         possible.append(is_possible(low, high, entropy))
         if use["half_at_log_snr"] is not None:
             half_of_data = subject.data_information[2][with_other(name)]
-            of_data = f" (the classifier knows half of it at {half_of_data:+.2f})" if np.isfinite(half_of_data) else ""
+            of_data = f" (the images tell half of it at {half_of_data:+.2f})" if np.isfinite(half_of_data) else ""
             halves.append(f"{use['half_at_log_snr']:+.2f} for {name}{of_data}")
     section.reading.append(
         f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, 2,048 "
-        f"images), of {entropy:.2f} each. What they would be without it is their mean over its values, weighted by a "
-        "classifier of noisy images in place of the null condition; where that knows less than there is, the use "
-        "comes out too large. "
+        f"images), of {entropy:.2f} each. What they would be without it is their mean over its values, weighted by "
+        "what the noisy image tells of it (Bayes' rule), in place of the null condition. "
         + (f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}." if halves else "")
     )
     section.claim(

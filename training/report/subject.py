@@ -15,9 +15,11 @@ from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, en
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
 from freqgate_dit.shapes_textures import NUM_CLASSES, TEXTURES, ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics, dct2, idct2, octave_bands
+from freqgate_dit.traces import log_snr
 from freqgate_dit.training.factor_classifier import scaled
+from freqgate_dit.training.factor_posterior import FactorPosterior
 from freqgate_dit.training.information import factor_information, half_level, without_factor
-from freqgate_dit.training.judges import factor_judge, noise_judge
+from freqgate_dit.training.judges import factor_judge
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation, ValidationResult
 
@@ -69,7 +71,7 @@ class Subject:
         num_images: sampled for each measurement.
         steps: of the scheduler.
         prompts: of a text-conditional pipeline, used in turn.
-        cache_dir: where the judges of the built-in data are kept, once trained.
+        cache_dir: where the judge of the built-in data is kept, once trained.
 
     Raises:
         ValueError: for a text-conditional pipeline without prompts.
@@ -171,21 +173,21 @@ class Subject:
         return self.real_images(512, "validation")
 
     @cached_property
-    def noise_classifier(self):
+    def factor_posterior(self) -> FactorPosterior:
         """Reads the built-in data's factors off noisy images."""
-        return noise_judge(self.world, self.image_size, self.cache_dir)
+        return FactorPosterior(self.world, self.image_size)
 
     @cached_property
     def data_information(self) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
-        """What a classifier of noisy images knows, `factor_information`, and the level of half of it by factor."""
-        levels, curves = factor_information(self.noise_classifier, self.world, self.image_size)
+        """What noisy images tell, `factor_information`, and the level of half of it by factor."""
+        levels, curves = factor_information(self.factor_posterior, self.world, self.image_size)
         return levels, curves, {name: half_level(levels, nats) for name, nats in curves.items()}
 
     @property
     def data_difference(self) -> float | None:
         """By how much more log-SNR half of the texture is known than half of the structure; `None` if untold."""
         if self.pipe.vae is not None:
-            return None  # that classifier reads noisy images, and the noise is on latents
+            return None  # what noisy images tell is no answer where the noise is on latents
         half = self.data_information[2]
         difference = half["texture"] - half["structure"]
         return difference if np.isfinite(difference) else None
@@ -282,7 +284,10 @@ class Subject:
             inputs = noisy.to(device, pipe.transformer.dtype), timesteps.to(device)
             return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
 
-        without = without_factor(denoise, self.noise_classifier, factor) if factor else None
+        def posterior(noisy, timesteps):
+            return self.factor_posterior(noisy, log_snr(self.alphas_cumprod, timesteps))
+
+        without = without_factor(denoise, posterior, factor) if factor else None
         return validation.summarise(validation(denoise, without))
 
 
