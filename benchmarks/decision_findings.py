@@ -70,8 +70,8 @@ def collect(reports: list[Path]) -> dict[str, dict]:
 
 
 def over_entropy(uses: dict[str, dict]) -> dict[str, float]:
-    """How much of each factor is used, over what there is to know of it. More than 1 is more than an ideal denoiser
-    can: then the classifier that stands in for not knowing it knows less of it than there is, and tells it late."""
+    """How much of each factor is used, over what there is to know of it: at most 1 of an ideal denoiser, less where a
+    model makes little of its label."""
     return {factor: use["nats"] / use["entropy"] for factor, use in uses.items()}
 
 

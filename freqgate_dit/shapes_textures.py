@@ -173,7 +173,7 @@ class ShapesTextures(torch.utils.data.Dataset):
 
     @property
     def is_coloured(self) -> bool:
-        """Whether the texture has no grey: its three channels sum to 0."""
+        """Whether the texture has no grey: its three channels sum to 0, but for the mean over the image."""
         return _WORLDS[self.world].coloured
 
     def __len__(self) -> int:
@@ -221,7 +221,7 @@ class ShapesTextures(torch.utils.data.Dataset):
             IndexError: if an index is not in [0, len(self)).
         """
         parts = _render(_WORLDS[self.world], self._key, self._checked(indices), self.image_size)
-        return Components(*(part[0] for part in parts)) if isinstance(indices, int) else parts
+        return Components(*(part[0] for part in parts)) if np.ndim(indices) == 0 else parts
 
     def _checked(self, indices: Sequence[int]) -> np.ndarray:
         checked = np.asarray(indices, dtype=np.int64).reshape(-1)

@@ -83,6 +83,41 @@ def test_a_view_keeps_what_its_factor_has(posterior, world):
         assert 0.95 < kept < 1 + 1e-6
 
 
+def test_a_masked_texture_is_one_inside_its_structure():
+    """p(t | x, s) reads the texture off draws of s alone: with those of another structure it changes."""
+    torch.manual_seed(0)
+    posterior, (images, structures, textures) = FactorPosterior("mod", 32, num_draws=2048), real("mod", 128)
+    levels, rows = torch.full((128,), -1.0), torch.arange(128)
+    noisy = noised(images, levels)
+    of_texture = posterior(noisy, levels).log_softmax(2)
+    likelihood = posterior.likelihoods[1]
+    in_blocks = likelihood.signals.view(8, -1, likelihood.signals.shape[1])
+    likelihood.signals = in_blocks.roll(1, 0).flatten(0, 1)
+    likelihood.energy = likelihood.signals.square().sum(1)
+    of_others = posterior(noisy, levels).log_softmax(2)
+    torch.testing.assert_close(of_others, of_texture.roll(1, 1), rtol=1e-4, atol=1e-3)
+    right, wrong = (found[rows, structures, textures].mean() for found in (of_texture, of_others))
+    assert right > wrong + 0.1
+
+
+def test_half_precision_and_extreme_levels():
+    posterior = FactorPosterior("same", 32, num_draws=640)
+    images = real("same", 4, split="train")[0]
+    levels = torch.tensor([-torch.inf, 0.0, 12.0, torch.inf])
+    exact = posterior(images, levels)
+    assert exact.isfinite().all() and exact.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        found = posterior(images.to(dtype), levels.to(dtype))
+        assert found.dtype == torch.float32 and torch.allclose(found[:2], exact[:2], rtol=0.02, atol=0.5)
+        assert torch.equal(found.flatten(1).argmax(1)[2:], exact.flatten(1).argmax(1)[2:])
+
+
+def test_the_noise_of_the_images_is_counted(posterior, world):
+    parts = ShapesTextures(512, 32, world, split="test").components(range(512))
+    for likelihood in posterior.likelihoods:
+        assert likelihood.noise == pytest.approx(likelihood.view(parts.noise).square().mean().item(), rel=0.05)
+
+
 def test_larger_images():
     images = ShapesTextures(8, 48, "reversed", split="train")
     found = FactorPosterior("reversed", 48, num_draws=64)(scaled(images.images(range(8))), torch.full((8,), 9.0))

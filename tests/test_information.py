@@ -42,7 +42,7 @@ def test_the_level_of_half_the_information():
     assert half_level(levels, np.linspace(0, 2, 9), whole=2.0) == pytest.approx(0)
     # What is forgotten again was not known.
     assert half_level(levels, np.array([0, 2, 0, 0, 0, 2, 2, 2, 2.0]), whole=2.0) == pytest.approx(0.5)
-    # A classifier that never knows all of it is not thereby one that knows it earlier.
+    # Where all of it is never known, half is not thereby known earlier.
     assert half_level(levels, np.linspace(0, 2, 9).clip(max=1.5), whole=2.0) == pytest.approx(0)
     assert math.isnan(half_level(levels, np.full(9, 1.0)))  # half of ln 8 is known at no level
     assert half_level(levels, np.full(9, 2.0)) == -4

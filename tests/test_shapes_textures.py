@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,28 @@ def test_image_is_the_exact_sum_of_its_components(world):
         assert parts.structure.shape == (3, 32, 32)
         values = (parts.structure + parts.texture + parts.noise).clamp(-1, 1)
         assert torch.equal(((values + 1) * 127.5).round().to(torch.uint8), data[i]["image"])
+
+
+def test_components_of_several_images_are_those_of_each():
+    data = ShapesTextures(8, world="mod")
+    several = data.components([5, 2])
+    for row, i in enumerate((5, np.int64(2))):
+        for one, all_of_them in zip(data.components(i), several, strict=True):
+            assert one.shape == (3, 32, 32) and torch.allclose(one, all_of_them[row], atol=1e-12)
+    with pytest.raises(IndexError, match="index 8"):
+        data.components([0, 8])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_is_said_of_textures_is_so(world):
+    data = ShapesTextures(64, world=world)
+    texture = data.components(range(64)).texture
+    spread = texture.square().mean(1)  # masked: unevenly over the image
+    corners = spread[:, ::31, ::31].mean() / spread.mean()
+    assert (corners < 0.2) == data.is_masked
+    without_mean = texture - texture.mean((2, 3), keepdim=True)
+    grey = without_mean.sum(1).square().mean() / (3 * without_mean.square().sum(1).mean())
+    assert (grey < 1e-12) == data.is_coloured
 
 
 @pytest.mark.parametrize("world", ["mod", "add", "reversed", "flat"])

@@ -17,7 +17,7 @@ from freqgate_dit.spectral import dct2, radial_frequency
 
 
 NUM_DRAWS = 16_384  # with half and with twice as many, half of a factor is told at the same log-SNR to 0.03
-_BATCH_SIZE = 1024
+_BATCH_PIXELS = 2**20
 _HIGHEST = MIN_IMAGE_SIZE / 2  # cycles per image: outlines have next to nothing beyond it
 _NOISE_IMAGES = 4096
 _ALL_COLOURS = torch.eye(3)
@@ -28,15 +28,17 @@ _NOT_GREY = torch.tensor([[0.5**0.5, -(0.5**0.5), 0], [6**-0.5, 6**-0.5, -2 * 6*
 class FactorPosterior:
     """`p(structure, texture | x_l)` for images of the built-in data and Gaussian noise.
 
-    It is as good as its draws are many, up to three simplifications: what the other factor's part tells is not used
-    (in "mod" the texture's outline would tell the structure); an image's own noise is taken to be white; that a
-    structure's contrast differs a little among the colours is neglected in coloured worlds. As any prediction of a
-    factor, it knows at most what there is to know.
+    It is as good as its draws are many, up to simplifications: what the other factor's part tells is not used (in
+    "mod" the texture's outline would tell the structure, and the structure's pose where the texture is); an image's
+    own noise is taken to be white, and nothing to be clipped; that a structure's contrast differs a little among the
+    colours is neglected in coloured worlds. As any prediction of a factor, it knows on average at most what there is
+    to know.
 
     Args:
         world: of `freqgate_dit.shapes_textures.WORLDS`.
         image_size: as of the images that a model sees, at least 32.
-        num_draws: a positive multiple of 64, the number of labels.
+        num_draws: a positive multiple of 64, the number of labels. A quarter of the default is too few for clear
+            images: where no draw is near, the nearest decides.
         seed: of the draws, which are images of the split "train".
 
     Raises:
@@ -48,13 +50,15 @@ class FactorPosterior:
             raise ValueError(
                 f"num_draws is {num_draws}; pass a positive multiple of {NUM_CLASSES}, as many per label."
             )
+        self.num_draws = num_draws
         data = ShapesTextures(num_draws, image_size, world, split="train", seed=seed)
         self.is_masked = data.is_masked
         colours = (_GREY, _NOT_GREY) if data.is_coloured else (_ALL_COLOURS, _ALL_COLOURS)
-        views = [_view(part, data.bands[factor]) for factor, part in zip(("structure", "texture"), colours)]
+        views = [_view(basis, data.bands[factor]) for basis, factor in zip(colours, ("structure", "texture"))]
         seen, noise = ([], []), ([], [])
-        for start in range(0, num_draws, _BATCH_SIZE):
-            parts = data.components(range(start, min(start + _BATCH_SIZE, num_draws)))
+        batch = max(1, _BATCH_PIXELS // image_size**2)
+        for start in range(0, num_draws, batch):
+            parts = data.components(range(start, min(start + batch, num_draws)))
             for view, signals, of_noise, part in zip(views, seen, noise, (parts.structure, parts.texture)):
                 signals.append(view(part))
                 if start < _NOISE_IMAGES:
@@ -70,10 +74,11 @@ class FactorPosterior:
         """Log-probabilities `(B, structures, textures)`.
 
         Args:
-            noisy: `sqrt(a) x + sqrt(1 - a) e` with `a = sigmoid(log_snr)`, `(B, 3, H, W)`, of images x in [-1, 1].
-            log_snr: `(B,)`.
+            noisy: `sqrt(a) x + sqrt(1 - a) e` with `a = sigmoid(log_snr)`, `(B, 3, H, W)`, of images x in [-1, 1]; of
+                any floating point type, and read as float32.
+            log_snr: `(B,)`; without any signal, at -inf, all values are equally probable.
         """
-        log_snr = log_snr.to(noisy.dtype)
+        noisy, log_snr = noisy.float(), log_snr.float()
         by_draw = (len(noisy), len(STRUCTURES), len(TEXTURES), -1)
         of_structure, of_texture = (likelihood(noisy, log_snr).view(by_draw) for likelihood in self.likelihoods)
         structure = of_structure.logsumexp((2, 3)).log_softmax(1)[:, :, None]
@@ -99,7 +104,7 @@ class _Likelihood:
 
     def __call__(self, noisy: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         alpha = log_snr.sigmoid()[:, None]
-        variance = alpha * self.noise + 1 - alpha
+        variance = alpha * self.noise + (-log_snr).sigmoid()[:, None]
         # -|y - sqrt(a) s|^2 / 2 without |y|^2, which all draws share.
         return (alpha.sqrt() * (self.view(noisy) @ self.signals.T) - 0.5 * alpha * self.energy) / variance
 

@@ -1,9 +1,9 @@
 """How much noisy images of the built-in data tell of a factor, and at which noise level: when the data decides.
 
 Whoever guesses a factor from a noisy image x_l has a cross-entropy of at least H(f | x_l), so that `H(f) -
-cross-entropy` is a lower bound of the information I(f; x_l), in nats, whatever the denoiser; tight here, where Bayes'
-rule guesses (`factor_posterior`). Once nothing is left to know, an ideal denoiser of x_l has no use for a label. (For
-diffusion: arXiv 2506.10433.)
+cross-entropy` is a lower bound of the information I(f; x_l), in nats, whatever the denoiser; nearly tight here, where
+Bayes' rule guesses (`factor_posterior`). Once nothing is left to know, an ideal denoiser of x_l has no use for its
+label. (For diffusion: arXiv 2506.10433.)
 
     python -m freqgate_dit.training.information --worlds mod add reversed same flat --out information.json \
         --figure information.png
@@ -88,7 +88,7 @@ def without_factor(denoise: Callable, posterior: Callable, factor: str) -> Calla
 
     Args:
         denoise: `(noisy (B, 3, H, W), timesteps (B,), labels (B,)) -> prediction (B, 3, H, W)`.
-        posterior: `(noisy, timesteps) -> log-probabilities (B, structures, textures)`.
+        posterior: `(noisy (B, 3, H, W), timesteps (B,)) -> log-probabilities (B, structures, textures)`.
         factor: "structure" or "texture".
 
     Returns:
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="At which log-SNR do noisy images tell structure and texture?")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--num_draws", type=int, default=NUM_DRAWS, help="images of which a noisy one may be one")
+    parser.add_argument("--num_draws", type=int, default=NUM_DRAWS, help="for Bayes' rule, a multiple of 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of these and of the test images")
     parser.add_argument("--out", type=Path, help="JSON file for the curves, written after each world")
     parser.add_argument("--figure", type=Path, help="PNG file for a picture of them")

@@ -9,7 +9,6 @@ from freqgate_dit import plots
 from freqgate_dit.shapes_textures import STRUCTURES
 from freqgate_dit.traces import last_crossing, span_levels
 from freqgate_dit.training.decisions import FACTORS
-from freqgate_dit.training.factor_posterior import NUM_DRAWS
 from freqgate_dit.training.information import with_other
 from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import Subject
@@ -55,12 +54,13 @@ def information_section(subject: Subject) -> Section:
                 "Of one of the factors even the clearest image here tells less than half, so there are no levels."
             )
         else:
+            draws = subject.factor_posterior.num_draws
             section.tables["half"] = [{**half, "difference": subject.data_difference}]
             section.shown += ("half",)
             section.reading.append(
                 "Of the data alone, whatever the model: half of what there is to know of the structure can be told "
                 f"from a noisy image at a log-SNR of {half['structure']:+.2f}, of the texture at "
-                f"{half['texture']:+.2f} (Bayes' rule over {NUM_DRAWS:,} images). The levels of the last section "
+                f"{half['texture']:+.2f} (Bayes' rule over {draws:,} images). The levels of the last section "
                 "should lie in this order."
             )
     else:

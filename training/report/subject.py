@@ -15,7 +15,6 @@ from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, en
 from freqgate_dit.scheduling_spectral_euler import spectral_mean, spectral_power
 from freqgate_dit.shapes_textures import NUM_CLASSES, TEXTURES, ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics, dct2, idct2, octave_bands
-from freqgate_dit.traces import log_snr
 from freqgate_dit.training.factor_classifier import scaled
 from freqgate_dit.training.factor_posterior import FactorPosterior
 from freqgate_dit.training.information import factor_information, half_level, without_factor
@@ -285,7 +284,7 @@ class Subject:
             return pipe.transformer(*inputs, class_labels=labels.to(device)).sample.float().cpu()
 
         def posterior(noisy, timesteps):
-            return self.factor_posterior(noisy, log_snr(self.alphas_cumprod, timesteps))
+            return self.factor_posterior(noisy, scheduler.alphas_cumprod[timesteps].logit())
 
         without = without_factor(denoise, posterior, factor) if factor else None
         return validation.summarise(validation(denoise, without))
