@@ -147,7 +147,7 @@ def _read_swap(section: Section, subject: Subject, levels: dict, difference):
     }[beyond]
     section.reading.append(
         f"The noisy images themselves tell the two apart by {of_data:+.2f}, whatever the denoiser: {compared}. "
-        "In size the two are not to be compared: an ideal denoiser would follow an exchanged label to the end, so "
+        "The two need not agree: an ideal denoiser would follow an exchanged label to the end, so "
         "this measures for how long a network can still be turned. What of a factor it uses, and when, is in the "
         "section before."
     )
