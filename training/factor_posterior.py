@@ -16,7 +16,8 @@ from freqgate_dit.shapes_textures import MIN_IMAGE_SIZE, NUM_CLASSES, STRUCTURES
 from freqgate_dit.spectral import dct2, radial_frequency
 
 
-NUM_DRAWS = 16_384  # with half and with twice as many, half of a factor is told at the same log-SNR to 0.03
+# With half and with twice of it, half of a factor is told at the same log-SNR, to 0.03 (in "mod" and "flat").
+NUM_DRAWS = 16_384
 _BATCH_PIXELS = 2**20
 _HIGHEST = MIN_IMAGE_SIZE / 2  # cycles per image: outlines have next to nothing beyond it
 _NOISE_IMAGES = 4096
@@ -54,7 +55,7 @@ class FactorPosterior:
         data = ShapesTextures(num_draws, image_size, world, split="train", seed=seed)
         self.is_masked = data.is_masked
         colours = (_GREY, _NOT_GREY) if data.is_coloured else (_ALL_COLOURS, _ALL_COLOURS)
-        views = [_view(basis, data.bands[factor]) for basis, factor in zip(colours, ("structure", "texture"))]
+        views = [_view(basis, band, image_size) for basis, band in zip(colours, data.bands.values())]
         seen, noise = ([], []), ([], [])
         batch = max(1, _BATCH_PIXELS // image_size**2)
         for start in range(0, num_draws, batch):
@@ -109,13 +110,13 @@ class _Likelihood:
         return (alpha.sqrt() * (self.view(noisy) @ self.signals.T) - 0.5 * alpha * self.energy) / variance
 
 
-def _view(colours: torch.Tensor, band: tuple[float, float]) -> Callable:
+def _view(colours: torch.Tensor, band: tuple[float, float], image_size: int) -> Callable:
     """Of images `(B, 3, H, W)` the DCT coefficients of a band in some colours, orthonormal rows `(C, 3)`: `(B, D)`."""
     lowest, highest = band
+    frequency = radial_frequency(image_size, image_size)
+    window = (frequency >= lowest) & (frequency <= min(highest, _HIGHEST))
 
     def view(images: torch.Tensor) -> torch.Tensor:
-        frequency = radial_frequency(*images.shape[-2:])
-        window = (frequency >= lowest) & (frequency <= min(highest, _HIGHEST))
         seen = torch.einsum("kc,bchw->bkhw", colours.to(images.dtype), images)
         return dct2(seen)[..., window].flatten(1).float()
 

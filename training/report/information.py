@@ -61,7 +61,7 @@ def information_section(subject: Subject) -> Section:
                 "Of the data alone, whatever the model: half of what there is to know of the structure can be told "
                 f"from a noisy image at a log-SNR of {half['structure']:+.2f}, of the texture at "
                 f"{half['texture']:+.2f} (Bayes' rule over {draws:,} images). In this order an ideal denoiser "
-                "has done with its label."
+                "is done with its label."
             )
     else:
         section.reading.append(
