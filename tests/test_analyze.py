@@ -523,13 +523,7 @@ def test_the_order_is_read_from_the_levels(arrival, said):
     "low, high, said, verdict, compared",
     [
         (0.6, 2.0, "texture after structure. That is as predicted for the world 'add'", "supported", "undecided"),
-        (
-            0.9,
-            1.6,
-            "texture after structure. That is as predicted",
-            "supported",
-            "finds the same. In size",
-        ),
+        (0.9, 1.6, "texture after structure. That is as predicted", "supported", ": the exchange finds the same."),
         (1.8, 2.4, "texture after structure. That is as predicted", "supported", "later still"),
         (1.5, 2.4, "texture after structure. That is as predicted", "supported", "is undecided"),  # by 0.25 to 1.15
         (0.1, 0.4, "texture after structure. That is as predicted", "supported", "earlier than"),
