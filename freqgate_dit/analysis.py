@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from freqgate_dit import plots
+from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.transformer_freqgate_dit import (
     BandGateDiTTransformer2DModel,
     ConditionedDiTTransformer2DModel,
@@ -13,6 +14,7 @@ from freqgate_dit.transformer_freqgate_dit import (
 
 
 BRANCHES = ("attention", "mlp")  # of a block, in the order of tables
+MOST_GATED = 64  # classes whose gates are read
 
 
 @torch.no_grad()
@@ -126,6 +128,30 @@ def band_gain_table(
     return timesteps.numpy(), low, high
 
 
+def usual_band_gains(pipeline: FreqGateDiTPipeline) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """The band gains of a pipeline's model under no condition in particular.
+
+    That is the null condition; one that was never trained says nothing, so then it is the mean over the first
+    `MOST_GATED` classes.
+
+    Returns:
+        timesteps, low, high as `band_gain_table` gives them, and under what condition, in words.
+    """
+    num_classes = pipeline.num_classes
+    if num_classes and not pipeline.has_null_condition:
+        labels = range(min(num_classes, MOST_GATED))
+        few = f"the first {MOST_GATED} " if num_classes > MOST_GATED else ""
+        condition = f"on average over {few}classes"
+    else:
+        labels = [None]
+        condition = "under the null condition" if num_classes else "without a condition"
+    if pipeline.is_text_conditional:
+        condition = "under a text embedding of zeros"
+    tables = [band_gain_table(pipeline.transformer, label=label) for label in labels]
+    timesteps, low, high = (np.mean(values, axis=0) for values in zip(*tables))
+    return timesteps, low, high, condition
+
+
 @torch.no_grad()
 def band_visibility(transformer: BandGateDiTTransformer2DModel, timesteps: np.ndarray) -> np.ndarray | None:
     """By how many dB the low band of the data is more visible than the high one: the ratio of their mean Wiener gains,
@@ -218,11 +244,12 @@ def spectral_gate_table(
     return levels.cpu().numpy(), learned.cpu().numpy(), wiener.cpu().numpy(), rows
 
 
-def mechanism_figures(transformer: ConditionedDiTTransformer2DModel, num_train_timesteps: int) -> dict:
-    """Pictures of what is special in a variant, by name: "gate" or "band_gains"; none for the others."""
-    inspectable = transformer.inspectable
+def mechanism_figures(pipeline: FreqGateDiTPipeline) -> dict:
+    """Pictures of what is special in a pipeline's variant, by name: "gate" or "band_gains"; none for the others."""
+    inspectable = pipeline.transformer.inspectable
     if "gate" in inspectable:
-        return {"gate": plots.gate_curves(*gate_table(transformer, num_train_timesteps))}
+        timesteps, gates = gate_table(pipeline.transformer, pipeline.scheduler.config.num_train_timesteps)
+        return {"gate": plots.gate_curves(timesteps, gates)}
     if "band" in inspectable:
-        return {"band_gains": plots.band_gain_curves(*band_gain_table(transformer))}
+        return {"band_gains": plots.band_gain_curves(*usual_band_gains(pipeline))}
     return {}

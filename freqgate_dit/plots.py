@@ -234,12 +234,13 @@ def decibel(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return 20 * np.log10((low + tiny) / (high + tiny))
 
 
-def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarray):
+def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarray, condition: str):
     """The gains of Band-Gate over timesteps: low over high band in decibel, per block, for attention and MLP.
 
     Args:
         timesteps: `(T,)`, ascending.
         low, high: gains `(T, blocks, 2)`, at least 0.
+        condition: under which, in words.
     """
     from matplotlib.cm import viridis
 
@@ -255,6 +256,7 @@ def band_gain_curves(timesteps: Sequence[float], low: np.ndarray, high: np.ndarr
         axes.grid(alpha=0.3)
     columns[0].set_ylabel("gain of low over high band (dB)")
     columns[0].legend(frameon=False, fontsize=7, ncols=2)
+    figure.suptitle(f"Band gains {condition}", fontsize=10)
     return figure
 
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from components import randomize, tiny_transformer
+from components import make_pipeline, randomize, tiny_transformer
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformer_cases import SPECTRALDIT, TEXT, assert_differ, inputs, run, untrained
 
 from freqgate_dit import VARIANTS
-from freqgate_dit.analysis import band_gain_statistics, band_gain_table, band_visibility
+from freqgate_dit.analysis import band_gain_statistics, band_gain_table, band_visibility, usual_band_gains
 from freqgate_dit.cost import count_parameters, flops_per_forward
 from freqgate_dit.transformer_freqgate_dit import (
     apply_low_pass,
@@ -209,6 +209,23 @@ def test_the_gains_of_a_class_are_its_own():
             band_gain_table(model, 5, label)
     with pytest.raises(ValueError, match="the model has no classes"):
         band_gain_table(tiny_transformer("band_gate", num_classes=None), 5, 0)
+
+
+def test_a_null_condition_that_was_never_trained_is_not_drawn():
+    model = tiny_transformer("band_gate")
+    classes = zip(*(band_gain_table(model, label=label) for label in range(model.config.num_classes)))
+    of_classes = [np.mean(values, axis=0) for values in classes]
+    for probability, expected, condition in (
+        (0.1, band_gain_table(model), "under the null condition"),
+        (0.0, of_classes, "on average over classes"),
+    ):
+        *found, said = usual_band_gains(make_pipeline(model, class_dropout_prob=probability))
+        assert said == condition
+        for values, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(values, wanted)
+    assert abs(of_classes[1] - band_gain_table(model)[1]).max() > 1e-3
+    unconditional = make_pipeline(tiny_transformer("band_gate", num_classes=None))
+    assert usual_band_gains(unconditional)[3] == "without a condition"
 
 
 def test_a_branch_that_follows_the_visibility_of_the_bands_is_told_from_one_that_opposes_it():

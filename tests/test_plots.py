@@ -135,12 +135,14 @@ def test_gate_curves_and_image_grid(tmp_path):
 def test_band_gain_curves_are_decibel_of_low_over_high(tmp_path):
     low, high = np.full((5, 3, 2), 2.0), np.ones((5, 3, 2))
     high[:, 1, 1] = 20
-    figure = band_gain_curves(range(5), low, high)
+    figure = band_gain_curves(range(5), low, high, "under the null condition")
     attention, mlp = panels(figure)
     np.testing.assert_allclose(attention.lines[1].get_ydata(), 20 * np.log10(2), rtol=1e-6)
     np.testing.assert_allclose(mlp.lines[1].get_ydata(), -20, rtol=1e-6)
     save(figure, tmp_path / "band_gains.png")
-    save(band_gain_curves(range(5), 0 * low, 0 * high), tmp_path / "untrained.png")  # all gates are zero
+    assert figure.get_suptitle() == "Band gains under the null condition"
+    all_zero = band_gain_curves(range(5), 0 * low, 0 * high, "without a condition")  # before training
+    save(all_zero, tmp_path / "untrained.png")
 
 
 @pytest.mark.parametrize("parts", [1, 6])

@@ -162,7 +162,7 @@ def main():
     strip_labels = [row * len(TEXTURES) + (3 * row) % len(TEXTURES) for row in (0, 1, 4, 6)]
     denoising_strip(pipe, strip_labels, arguments.guidance_scale).savefig(out / "denoising.png")
     written = ["samples.png", "denoising.png"]
-    for name, figure in mechanism_figures(pipe.transformer, pipe.scheduler.config.num_train_timesteps).items():
+    for name, figure in mechanism_figures(pipe).items():
         figure.savefig(out / f"{name}.png")
         written.append(f"{name}.png")
     if (folder.parent / "loss.png").is_file():

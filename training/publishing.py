@@ -59,8 +59,7 @@ def _draw_figures(pipeline: FreqGateDiTPipeline, figures: Path, pictures: Mappin
     for name, picture in pictures.items():
         if picture.is_file():
             shutil.copyfile(picture, figures / name)
-    mechanism = mechanism_figures(pipeline.transformer, pipeline.scheduler.config.num_train_timesteps)
-    for name, figure in mechanism.items():
+    for name, figure in mechanism_figures(pipeline).items():
         figure.savefig(figures / f"{name}.png")
 
 

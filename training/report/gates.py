@@ -6,12 +6,14 @@ import torch
 from freqgate_dit import plots
 from freqgate_dit.analysis import (
     BRANCHES,
+    MOST_GATED,
     band_gain_statistics,
     band_gain_table,
     band_visibility,
     gate_statistics,
     gate_table,
     spectral_gate_table,
+    usual_band_gains,
     wiener_gain,
 )
 from freqgate_dit.traces import log_snr
@@ -19,7 +21,7 @@ from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import Subject
 
 
-MOST_GATED, OF_A_CLASS = 64, 5  # classes whose gates are read, and timesteps of each
+OF_A_CLASS = 5  # timesteps at which the gates of each class are read
 SAME_DIRECTION = 0.5  # three channels of four; or a correlation with log-SNR
 LEAST_RANGE = 0.01  # of a gate over time, for it to have moved
 
@@ -128,16 +130,7 @@ def band_gate_section(subject: Subject) -> Section:
     """The band gates of Band-Gate, as gains of the low over the high band."""
     transformer = subject.pipe.transformer
     classes = range(min(subject.pipe.num_classes, MOST_GATED)) if subject.is_conditional else []
-    # A null condition that was never trained says nothing; then the mean over classes does.
-    untrained = subject.is_conditional and not subject.has_null_condition
-    read = [band_gain_table(transformer, label=label) for label in (classes if untrained else [None])]
-    timesteps, low, high = (np.mean(values, axis=0) for values in zip(*read))
-    condition = "under the null condition" if classes else "without a condition"
-    if untrained:
-        few = f"the first {MOST_GATED} " if len(classes) < subject.pipe.num_classes else ""
-        condition = f"on average over {few}classes"
-    if subject.pipe.is_text_conditional:
-        condition = "under a text embedding of zeros"
+    timesteps, low, high, condition = usual_band_gains(subject.pipe)
     levels = log_snr(subject.alphas_cumprod, torch.from_numpy(timesteps)).numpy()
     ratio = plots.decibel(low, high)  # (T, blocks, 2)
     visibility = band_visibility(transformer, timesteps)
@@ -187,7 +180,7 @@ def band_gate_section(subject: Subject) -> Section:
         tables={"gains": rows, "gain_curves": curves},
         shown=("gains",),
     )
-    section.show("band_gains", plots.band_gain_curves(timesteps, low, high), reading[0])
+    section.show("band_gains", plots.band_gain_curves(timesteps, low, high, condition), reading[0])
     if by_class is not None:
         section.reading.append(
             "Between classes the ratio differs by a standard deviation of "
