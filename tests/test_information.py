@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from components import make_pipeline, tiny_transformer, tiny_vae_tiny
+from components import euler, make_pipeline, tiny_transformer, tiny_vae_tiny
 from diffusers import DDPMScheduler
+from torch.testing import assert_close
 
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import log_snr
@@ -191,6 +192,29 @@ class TestDensity:
     def test_what_is_said_of_the_ceiling(self, subject, nats, verdict):
         result = subject.validate(with_null=True)
         assert verdict in _read_ceiling(replace(result, information=nats, information_se=0.5))
+
+    @pytest.mark.parametrize(
+        "schedule", [{"rescale_betas_zero_snr": True}, {"trained_betas": torch.linspace(1e-3, 1e-2, 1000).tolist()}]
+    )
+    def test_every_schedule_is_validated_as_it_is(self, schedule):
+        """A rescaled one ends in noise alone, at a log-SNR of minus infinity."""
+        transformer = tiny_transformer("adaln_zero", num_classes=64, in_channels=3, sample_size=32, patch_size=16)
+        scheduler = euler("trailing", prediction_type="v_prediction", **schedule)
+        subject = Subject(make_pipeline(transformer, scheduler), "mod")
+        posterior, asked = FactorPosterior("mod", 32, num_draws=64), []
+
+        def recorded(noisy, log_snr):
+            asked.append(log_snr)
+            return posterior(noisy, log_snr)
+
+        subject.factor_posterior = recorded
+        result = subject.validate(num_bins=5, factor="structure")
+        asked, own = torch.cat(asked), log_snr(subject.alphas_cumprod, torch.arange(999)).float()
+        assert torch.isneginf(asked).any() == schedule.get("rescale_betas_zero_snr", False)
+        found = asked[asked.isfinite()]
+        assert_close(found.max(), own[0], rtol=0, atol=1e-3)
+        assert_close(found.min(), own[-1], rtol=0, atol=0.02)  # or of the step after it
+        assert math.isfinite(result.information) and result.information_table.isfinite().all()
 
     def test_a_schedule_without_terminal_signal_has_finite_densities(self, subject):
         alphas_cumprod = subject.alphas_cumprod.clone()

@@ -26,6 +26,16 @@ from freqgate_dit.training.validation import Validation, ValidationResult
 LEAST_SHOWN = 0.5  # share of right images, from which on it is measured what becomes of them
 NUM_OF_SPECTRUM = 1024
 NUM_AROUND_CLASSES = 8192
+# What a scheduler's configuration says of the noise; some schedulers lack the last two.
+NOISE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 
 
 @dataclass(frozen=True)
@@ -271,8 +281,7 @@ class Subject:
         """
         pipe, device = self.pipe, self.pipe.device
         config = pipe.scheduler.config
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-        scheduler = DDPMScheduler(**{name: config[name] for name in names})
+        scheduler = DDPMScheduler(**{name: config[name] for name in NOISE if name in config})
         # A difference of errors is far noisier than an error.
         images, labels = self.real_images(2048, "validation") if factor else self.held_out
         null_label = pipe.num_classes if with_null and not factor else None
