@@ -189,10 +189,11 @@ def matched(comparison: Comparison, sizes: ModelSizes) -> Comparison:
     for arm, options in comparison.arms.items():
         if "match" in options:
             name = options["match"]
-            target = sizes(comparison.config(options.get("match_to", comparison.baseline)))[comparison.match_by]
+            by = comparison.match_by
+            target = sizes(comparison.config(options.get("match_to", comparison.baseline)), [by])[by]
 
             def count(value: int) -> int:
-                return sizes(comparison.config(arm, **{name: value}))[comparison.match_by]
+                return sizes(comparison.config(arm, **{name: value}), [by])[by]
 
             kept = {key: value for key, value in options.items() if key not in ("match", "match_to")}
             arms[arm] = {**kept, name: nearest(count, target)}

@@ -1,6 +1,7 @@
 """Models of one size: the depth or rank that brings a recipe to another's number of parameters or FLOPs."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -29,12 +30,12 @@ class ModelSizes:
         self.condition = load_condition(config.condition, images.class_names, torch.device("cpu")).model_arguments()
         self.vae = load_vae(config.latents)
 
-    def __call__(self, config: TrainingRun) -> dict[str, int]:
-        """{"parameters": number, "flops": of a forward pass of one image}."""
+    def __call__(self, config: TrainingRun, names: Iterable[str] = tuple(COUNTS)) -> dict[str, int]:
+        """{"parameters": number, "flops": of a forward pass of one image}, or one of them."""
         channels, side = sample_shape(self.vae, self.resolution, config.model.patch_size)
         with torch.device("meta"):
             model = config.model.build(channels, side, self.condition, config.objective)
-        return {name: count(model) for name, count in COUNTS.items()}
+        return {name: COUNTS[name](model) for name in names}
 
 
 def size_cells(counts: dict, baseline: dict) -> tuple[str, str]:
@@ -51,6 +52,7 @@ def nearest(count: Callable[[int], int], target: int) -> int:
     Raises:
         ValueError: if even 4096 is too small.
     """
+    count = functools.cache(count)
     high = 1
     while count(high) < target:
         if high == LARGEST:
