@@ -1,11 +1,14 @@
 """Fixtures that several test files share."""
 
+import gc
 import signal
 
 import pytest
 import torch
 from components import tiny_transformer
 from loopback_hub import LoopbackHub
+from matplotlib.figure import Figure
+from PIL import Image
 from tiny_runs import TINY, command_line, copy_source, reset_accelerate
 from transformer_cases import CONFIGURATIONS
 
@@ -26,6 +29,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+def pytest_collection_finish():
+    gc.freeze()  # a run ends with a collection, which would look through all that was imported
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -39,6 +46,19 @@ def fresh_process_state():
     yield
     reset_accelerate()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are saved with their size and nothing on them: rendering is more than half of a tiny run.
+
+    Runs in processes of their own, `test_plots.py`, and tests that `monkeypatch.undo()` this, do render them.
+    """
+
+    def save(self, path):
+        Image.new("RGB", tuple(self.bbox.size.astype(int))).save(path)
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture(params=VARIANTS)

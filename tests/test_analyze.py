@@ -53,13 +53,18 @@ def built_in_pipeline(folder, variant="freq_gate", **options):
     return folder
 
 
+SUBJECT = "freqgate_dit.training.report.subject"
+
+
 @pytest.fixture
 def quick_judge(monkeypatch, tmp_path):
-    """The real judge, of one batch, and the posterior of few draws; the words that keep the judge to the test."""
+    """The real judge, of one batch, and all else from few images; the words that keep the judge to the test."""
     monkeypatch.setattr(factor_classifier, "TEST_IMAGES", 128)
     monkeypatch.setattr(information, "TEST_IMAGES", 32)
+    monkeypatch.setattr(f"{SUBJECT}.NUM_WITHOUT_FACTOR", 256)
+    monkeypatch.setattr(f"{SUBJECT}.NUM_AROUND_CLASSES", 512)
     few_draws = partial(FactorPosterior, num_draws=64)
-    monkeypatch.setattr("freqgate_dit.training.report.subject.FactorPosterior", few_draws)
+    monkeypatch.setattr(f"{SUBJECT}.FactorPosterior", few_draws)
     train = judges.train_factor_classifier
     monkeypatch.setattr(judges, "train_factor_classifier", lambda **kw: train(num_images=128, **kw))
     return ["--cache_dir", str(tmp_path / "judge_cache")]

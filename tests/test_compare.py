@@ -1,18 +1,21 @@
 """Comparisons of recipes: tiny real runs, and what a comparison file may not say."""
 
+import contextlib
 import json
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import MODEL, ROOT
+from tiny_runs import MODEL, ROOT, reset_accelerate, train
 
 from freqgate_dit.statistics import paired_difference
 from freqgate_dit.training.compare import Job, code_digest, gpu_names, main, part_of_cores, run_all, training_job
+from freqgate_dit.training.evaluation import main as evaluate
 from freqgate_dit.training.matching import nearest
 
 
@@ -38,6 +41,21 @@ def write(path, **changes):
     return ["--config", str(path), "--out", str(path.parent / "out")]
 
 
+@pytest.fixture
+def in_this_process(monkeypatch, unrendered):
+    """Runs without a process for each, which takes longer to start than these runs themselves."""
+
+    def run_here(jobs, parallel, what, gpus):
+        for job in jobs:
+            script = {"train.py": train, "evaluation.py": evaluate}[Path(job.command[1]).name]
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "a") as log, contextlib.redirect_stdout(log):
+                reset_accelerate()
+                script(job.command[2:])
+
+    monkeypatch.setattr("freqgate_dit.training.compare.run_all", run_here)
+
+
 FEATURES = """
 import torch
 def net(images):  # uint8 (N, 3, H, W) -> (N, 12)
@@ -45,12 +63,13 @@ def net(images):  # uint8 (N, 3, H, W) -> (N, 12)
 """
 
 
-def test_a_comparison_end_to_end(tmp_path, capsys):
+def test_a_comparison_end_to_end(tmp_path, capsys, in_this_process, monkeypatch):
     (tmp_path / "net.py").write_text(FEATURES)
     reference = {"reference": "shapes_textures", "features": f"{tmp_path / 'net.py'}:net", "num_images": 36}
     evaluation = {**reference, "steps": 2, "bootstrap": 0, "force": True, "cpu_threads": 1}
     words = write(tmp_path / "c.yaml", evaluation=evaluation)
     main(words)
+    monkeypatch.undo()
     out = tmp_path / "out"
     result = json.loads((out / "comparison.json").read_text())
     assert result["steps"] == [0, 2, 4] and set(result["arms"]) == {"adaln", "band_gate"}
@@ -86,9 +105,6 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
     assert contrast["difference_percent_by_timestep"][0]["mean"] == pytest.approx(expected) and expected != 0
     cells = np.array([[cell["mean"] for cell in row] for row in contrast["difference_percent_by_cell"]])
     assert cells.shape == (10, len(result["bands"])) and np.isfinite(cells).all()
-    for name in ("errors.png", "curves.png", "timesteps.png", "forest.png", "cells.png"):
-        assert (out / name).stat().st_size > 1000
-
     assert result["code"] == [code_digest()]
     # A second call trains nothing.
     log = out / "runs" / "adaln_seed0.log"
@@ -104,6 +120,8 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
         main([*write(tmp_path / "c.yaml", evaluation=evaluation, seeds=seeds), "--report_only"])
         report = json.loads((out / "comparison.json").read_text())
         assert report["seeds"] == [0, 1] and report["contrasts"] == result["contrasts"]
+    for name in ("errors.png", "curves.png", "timesteps.png", "forest.png", "cells.png"):
+        assert (out / name).stat().st_size > 1000
     with pytest.raises(SystemExit, match="1 seeds have all arms finished"):
         main([*write(tmp_path / "c.yaml", evaluation=evaluation, seeds=[1, 2]), "--report_only"])
     capsys.readouterr()
@@ -145,7 +163,7 @@ def test_a_comparison_end_to_end(tmp_path, capsys):
         assert again["arms"][arm]["loss"] == numbers["loss"]
 
 
-def test_arms_that_predict_different_things_are_compared_by_their_error_of_the_noise(tmp_path):
+def test_arms_that_predict_different_things_are_compared_by_their_error_of_the_noise(tmp_path, in_this_process):
     arms = {"adaln": {"variant": "adaln_zero"}, "epsilon": {"variant": "adaln_zero", "prediction_type": "epsilon"}}
     main(write(tmp_path / "c.yaml", arms=arms, measure="epsilon"))
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())

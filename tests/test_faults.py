@@ -25,6 +25,9 @@ from freqgate_dit.training.checkpoints import complete_checkpoints, step_of
 from freqgate_dit.training.train import Trainer
 
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
 AVERAGES = ["0.9", "power:0.1", "power:0.05"]
 
 

@@ -24,6 +24,9 @@ from freqgate_dit.training.initialise import CLASS_TABLE, HUB_FILES, PICKLED_FIL
 from freqgate_dit.training.train import main
 
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
 NAMES = tuple(LABELS.values())
 # Every tensor whose shape depends on the size of a patch or on the channels of the image.
 INPUT, OUTPUT = {"patch_embed.weight"}, {"proj_out.weight", "proj_out.bias"}

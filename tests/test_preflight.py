@@ -16,6 +16,9 @@ from freqgate_dit.training.schedules import is_spread
 from freqgate_dit.training.train import Trainer
 
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
 @pytest.fixture
 def options(options, tmp_path):
     return partial(options, cache_dir=tmp_path / "cache")

@@ -17,6 +17,9 @@ from freqgate_dit.training.posthoc_ema import main as posthoc_ema
 from freqgate_dit.training.pushes import Pushes
 
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
 PUSH = {"push_to_hub": True, "save_every": 2, "max_steps": 4, "validate_every": 2, "preview_every": 2}
 
 

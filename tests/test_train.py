@@ -26,6 +26,9 @@ from freqgate_dit.training.train import Trainer, main
 from freqgate_dit.transformer_freqgate_dit import DiTAttnProcessor, DiTMatmulAttnProcessor
 
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
 CONFIGS = ROOT / "training" / "configs"
 PRESETS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("compare_*.yaml")))
 
@@ -33,7 +36,8 @@ PRESETS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("compare_*.yaml"
 # -- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def test_run_learns_and_leaves_everything_behind(tmp_path, options):
+def test_run_learns_and_leaves_everything_behind(tmp_path, options, monkeypatch):
+    monkeypatch.undo()  # its pictures are real ones
     run = tmp_path / "run"
     arguments = options(max_steps=40, validate_every=20, preview_every=20, save_every=10, keep_checkpoints=2)
     main(arguments)

@@ -11,7 +11,7 @@ from freqgate_dit.traces import last_crossing, span_levels
 from freqgate_dit.training.decisions import FACTORS
 from freqgate_dit.training.information import with_other
 from freqgate_dit.training.report.page import Section
-from freqgate_dit.training.report.subject import Subject
+from freqgate_dit.training.report.subject import NUM_WITHOUT_FACTOR, Subject
 from freqgate_dit.training.validation import ValidationResult
 
 
@@ -111,9 +111,9 @@ def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
             of_data = f" (the images tell half of it at {half_of_data:+.2f})" if np.isfinite(half_of_data) else ""
             halves.append(f"{use['half_at_log_snr']:+.2f} for {name}{of_data}")
     section.reading.append(
-        f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, 2,048 "
-        f"images), of {entropy:.2f} each. What they would be without it is their mean over its values, weighted by "
-        "what the noisy image tells of it (Bayes' rule), in place of the null condition. "
+        f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, "
+        f"{NUM_WITHOUT_FACTOR:,} images), of {entropy:.2f} each. What they would be without it is their mean over its "
+        "values, weighted by what the noisy image tells of it (Bayes' rule), in place of the null condition. "
         + (f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}." if halves else "")
     )
     section.claim(

@@ -26,6 +26,7 @@ from freqgate_dit.training.validation import Validation, ValidationResult
 LEAST_SHOWN = 0.5  # share of right images, from which on it is measured what becomes of them
 NUM_OF_SPECTRUM = 1024
 NUM_AROUND_CLASSES = 8192
+NUM_WITHOUT_FACTOR = 2048  # a difference of errors is far noisier than an error
 # What a scheduler's configuration says of the noise; some schedulers lack the last two.
 NOISE = (
     "num_train_timesteps",
@@ -277,13 +278,12 @@ class Subject:
 
         Args:
             with_null: also under the null condition.
-            factor: instead, of 2,048 images, also without this factor of the labels (`without_factor`).
+            factor: instead, of `NUM_WITHOUT_FACTOR` images, also without this factor of the labels (`without_factor`).
         """
         pipe, device = self.pipe, self.pipe.device
         config = pipe.scheduler.config
         scheduler = DDPMScheduler(**{name: config[name] for name in NOISE if name in config})
-        # A difference of errors is far noisier than an error.
-        images, labels = self.real_images(2048, "validation") if factor else self.held_out
+        images, labels = self.real_images(NUM_WITHOUT_FACTOR, "validation") if factor else self.held_out
         null_label = pipe.num_classes if with_null and not factor else None
         data = CachedLatents(images[:, None], None, labels)
         validation = Validation(data, scheduler, len(images), 128, null_label=null_label, num_bins=num_bins)
