@@ -52,7 +52,7 @@ def fresh_process_state():
 def unrendered(monkeypatch):
     """Figures are saved with their size and nothing on them: rendering is more than half of a tiny run.
 
-    Runs in processes of their own, `test_plots.py`, and tests that `monkeypatch.undo()` this, do render them.
+    A test that looks at one calls `monkeypatch.undo()` first.
     """
 
     def save(self, path):

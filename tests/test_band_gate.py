@@ -224,8 +224,13 @@ def test_a_null_condition_that_was_never_trained_is_not_drawn():
         for values, wanted in zip(found, expected, strict=True):
             np.testing.assert_allclose(values, wanted)
     assert abs(of_classes[1] - band_gain_table(model)[1]).max() > 1e-3
-    unconditional = make_pipeline(tiny_transformer("band_gate", num_classes=None))
-    assert usual_band_gains(unconditional)[3] == "without a condition"
+
+    def said_of(probability=0.1, **options):
+        return usual_band_gains(make_pipeline(tiny_transformer("band_gate", **options), None, probability))[3]
+
+    assert said_of(num_classes=None) == "without a condition"
+    assert said_of(**TEXT, num_layers=1) == "under a text embedding of zeros"
+    assert said_of(0.0, num_classes=9) == "on average over the first 8 classes"
 
 
 def test_a_branch_that_follows_the_visibility_of_the_bands_is_told_from_one_that_opposes_it():

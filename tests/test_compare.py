@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import MODEL, ROOT, reset_accelerate, train
+from tiny_runs import MODEL, ROOT, is_drawn, reset_accelerate, train
 
 from freqgate_dit.statistics import paired_difference
 from freqgate_dit.training.compare import Job, code_digest, gpu_names, main, part_of_cores, run_all, training_job
@@ -45,15 +46,19 @@ def write(path, **changes):
 def in_this_process(monkeypatch, unrendered):
     """Runs without a process for each, which takes longer to start than these runs themselves."""
 
-    def run_here(jobs, parallel, what, gpus):
-        for job in jobs:
-            script = {"train.py": train, "evaluation.py": evaluate}[Path(job.command[1]).name]
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(job.log, "a") as log, contextlib.redirect_stdout(log):
-                reset_accelerate()
-                script(job.command[2:])
+    class Process:
+        returncode = 0
 
-    monkeypatch.setattr("freqgate_dit.training.compare.run_all", run_here)
+        def __init__(self, command, stdout, **options):
+            script = {"train.py": train, "evaluation.py": evaluate}[Path(command[1]).name]
+            with contextlib.redirect_stdout(stdout):
+                reset_accelerate()
+                script(command[2:])
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
 
 
 FEATURES = """
@@ -121,7 +126,7 @@ def test_a_comparison_end_to_end(tmp_path, capsys, in_this_process, monkeypatch)
         report = json.loads((out / "comparison.json").read_text())
         assert report["seeds"] == [0, 1] and report["contrasts"] == result["contrasts"]
     for name in ("errors.png", "curves.png", "timesteps.png", "forest.png", "cells.png"):
-        assert (out / name).stat().st_size > 1000
+        assert is_drawn(out / name)
     with pytest.raises(SystemExit, match="1 seeds have all arms finished"):
         main([*write(tmp_path / "c.yaml", evaluation=evaluation, seeds=[1, 2]), "--report_only"])
     capsys.readouterr()
@@ -153,14 +158,16 @@ def test_a_comparison_end_to_end(tmp_path, capsys, in_this_process, monkeypatch)
         SystemExit, match=r"adaln with seed 0 with `learning_rate` 0\.01, .* says 0\.02: .* delete .*adaln"
     ):
         main([*write(tmp_path / "c.yaml", arms=arms), "--report_only"])
-    # A run that lost its end goes on, and the numbers are the same.
+    # A run that lost its end goes on, and the numbers are the same; so are those of an evaluation made again.
     shutil.rmtree(out / "runs" / "adaln_seed0" / "checkpoints" / "step_00000004")
-    shutil.rmtree(out / "runs" / "adaln_seed0" / "pipeline")
+    for name in ("pipeline", "evaluation"):
+        shutil.rmtree(out / "runs" / "adaln_seed0" / name)
     main(write(tmp_path / "c.yaml", evaluation=evaluation))
     assert "resuming from step_00000002" in log.read_text().removeprefix(before)
     again = json.loads((out / "comparison.json").read_text())
     for arm, numbers in result["arms"].items():
         assert again["arms"][arm]["loss"] == numbers["loss"]
+        assert again["arms"][arm]["metrics"] == numbers["metrics"]
 
 
 def test_arms_that_predict_different_things_are_compared_by_their_error_of_the_noise(tmp_path, in_this_process):
@@ -245,7 +252,15 @@ def test_an_arm_is_matched_to_another(match, by, to, tmp_path, capsys):
 
 
 def test_nearest_of_known_counts():
-    assert [nearest(lambda n: 10 * n, target) for target in (1, 14, 16, 70, 1004, 1006)] == [1, 1, 2, 7, 100, 101]
+    asked = []
+
+    def count(n):
+        asked.append(n)
+        return 10 * n
+
+    for target, found in ((1, 1), (14, 1), (16, 2), (70, 7), (1004, 100), (1006, 101)):
+        asked.clear()
+        assert nearest(count, target) == found and len(set(asked)) == len(asked)
     with pytest.raises(ValueError, match="even 4096 gives 4,096, less than 5,000"):
         nearest(lambda n: n, 5000)
 

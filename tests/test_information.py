@@ -197,7 +197,6 @@ class TestDensity:
         "schedule", [{"rescale_betas_zero_snr": True}, {"trained_betas": torch.linspace(1e-3, 1e-2, 1000).tolist()}]
     )
     def test_every_schedule_is_validated_as_it_is(self, schedule):
-        """A rescaled one ends in noise alone, at a log-SNR of minus infinity."""
         transformer = tiny_transformer("adaln_zero", num_classes=64, in_channels=3, sample_size=32, patch_size=16)
         scheduler = euler("trailing", prediction_type="v_prediction", **schedule)
         subject = Subject(make_pipeline(transformer, scheduler), "mod")
@@ -209,11 +208,9 @@ class TestDensity:
 
         subject.factor_posterior = recorded
         result = subject.validate(num_bins=5, factor="structure")
-        asked, own = torch.cat(asked), log_snr(subject.alphas_cumprod, torch.arange(999)).float()
-        assert torch.isneginf(asked).any() == schedule.get("rescale_betas_zero_snr", False)
-        found = asked[asked.isfinite()]
-        assert_close(found.max(), own[0], rtol=0, atol=1e-3)
-        assert_close(found.min(), own[-1], rtol=0, atol=0.02)  # or of the step after it
+        asked, own = torch.cat(asked), log_snr(subject.alphas_cumprod, torch.arange(1000)).float()
+        assert_close(asked.max(), own.max(), rtol=0, atol=1e-3)
+        assert_close(asked.min(), own.min(), rtol=0, atol=1e-3)
         assert math.isfinite(result.information) and result.information_table.isfinite().all()
 
     def test_a_schedule_without_terminal_signal_has_finite_densities(self, subject):

@@ -12,7 +12,7 @@ import yaml
 from components import assert_same_tensors, tiny_text_encoder, tiny_tokenizer, tiny_vae_kl, tiny_vae_tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import ROOT, TINY, metrics, photos, refusal, reset_accelerate, run, state, train
+from tiny_runs import ROOT, TINY, is_drawn, metrics, photos, refusal, reset_accelerate, run, state, train
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
 from freqgate_dit.samplers import SAMPLERS, describe_sampler, make_sampler
@@ -64,7 +64,8 @@ def test_run_learns_and_leaves_everything_behind(tmp_path, options, monkeypatch)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000030", "step_00000040"]
     for step in (20, 40):
         assert Image.open(run / "previews" / f"step_{step:08d}.png").size == (128, 128)
-    assert Image.open(run / "loss.png").size[0] > 100
+    for picture in (run / "loss.png", run / "validation.png", run / "pipeline" / "figures" / "gate.png"):
+        assert is_drawn(picture)
     config = parse_config(arguments)
     assert parse_config(["--config", str(run / "config.yaml")]) == config
     published = parse_config(["--config", str(run / "pipeline" / "training_config.yaml")])
@@ -356,7 +357,7 @@ def test_numbers_of_a_run(tmp_path, options):
     )
     assert validations[-1]["raw"]["information"] != 0
     for name in ("loss.png", "validation.png"):
-        assert Image.open(tmp_path / "run" / name).size[0] > 100
+        assert (tmp_path / "run" / name).is_file()
 
 
 def test_averages_of_other_widths_come_out_of_a_run(tmp_path, options):

@@ -102,6 +102,12 @@ def metrics(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def is_drawn(picture):
+    """Whether an image file is more than one colour."""
+    with Image.open(picture) as image:
+        return any(low < high for low, high in image.convert("RGB").getextrema())
+
+
 # -- as a command -----------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ class ModelSizes:
         self.vae = load_vae(config.latents)
 
     def __call__(self, config: TrainingRun, names: Iterable[str] = tuple(COUNTS)) -> dict[str, int]:
-        """{"parameters": number, "flops": of a forward pass of one image}, or one of them."""
+        """{"parameters": number, "flops": of a forward pass of one image}, or those of `names`."""
         channels, side = sample_shape(self.vae, self.resolution, config.model.patch_size)
         with torch.device("meta"):
             model = config.model.build(channels, side, self.condition, config.objective)

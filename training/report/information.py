@@ -11,7 +11,7 @@ from freqgate_dit.traces import last_crossing, span_levels
 from freqgate_dit.training.decisions import FACTORS
 from freqgate_dit.training.information import with_other
 from freqgate_dit.training.report.page import Section
-from freqgate_dit.training.report.subject import NUM_WITHOUT_FACTOR, Subject
+from freqgate_dit.training.report.subject import Subject
 from freqgate_dit.training.validation import ValidationResult
 
 
@@ -102,6 +102,7 @@ def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
     uses = [use_row(with_other(name), results[name], subject, entropy) for name in FACTORS]
     section.tables.setdefault("ceiling", []).extend(uses)
     told, halves, possible = [], [], []
+    count = int(results[FACTORS[0]].num_images.sum())
     for name, use in zip(FACTORS, uses):
         low, high = information_interval(results[name])
         told.append(f"{use['nats']:.2f} [{low:.2f}, {high:.2f}] nats of {name}")
@@ -112,7 +113,7 @@ def _read_factors(section: Section, subject: Subject) -> dict[str, list[dict]]:
             halves.append(f"{use['half_at_log_snr']:+.2f} for {name}{of_data}")
     section.reading.append(
         f"Of one factor, the other being known, the predictions use {' and '.join(told)} (two standard errors, "
-        f"{NUM_WITHOUT_FACTOR:,} images), of {entropy:.2f} each. What they would be without it is their mean over its "
+        f"{count:,} images), of {entropy:.2f} each. What they would be without it is their mean over its "
         "values, weighted by what the noisy image tells of it (Bayes' rule), in place of the null condition. "
         + (f"From noise to clean, half of this use is over at a log-SNR of {' and '.join(halves)}." if halves else "")
     )

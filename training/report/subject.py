@@ -27,16 +27,6 @@ LEAST_SHOWN = 0.5  # share of right images, from which on it is measured what be
 NUM_OF_SPECTRUM = 1024
 NUM_AROUND_CLASSES = 8192
 NUM_WITHOUT_FACTOR = 2048  # a difference of errors is far noisier than an error
-# What a scheduler's configuration says of the noise; some schedulers lack the last two.
-NOISE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
 
 
 @dataclass(frozen=True)
@@ -282,7 +272,8 @@ class Subject:
         """
         pipe, device = self.pipe, self.pipe.device
         config = pipe.scheduler.config
-        scheduler = DDPMScheduler(**{name: config[name] for name in NOISE if name in config})
+        scheduler = DDPMScheduler(config.num_train_timesteps, prediction_type=config.prediction_type)
+        scheduler.alphas_cumprod = self.alphas_cumprod.float()  # however the pipeline's scheduler came by them
         images, labels = self.real_images(NUM_WITHOUT_FACTOR, "validation") if factor else self.held_out
         null_label = pipe.num_classes if with_null and not factor else None
         data = CachedLatents(images[:, None], None, labels)
