@@ -10,6 +10,8 @@
 
 Levels of exchanged labels have an interval over their pairs of labels. "use" are levels at which half of a model's use
 of a factor is over, of the section `information`. Over the seeds of a world, from two on, the interval is of training.
+"shown" is the share of the images of exchanged labels that show the factor of either label: a model that shows too few
+gives no levels, and counts with its use alone.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from analysis_findings import common_facts, over_seeds, read_facts, read_table, 
 from output import print_table, write_result
 
 from freqgate_dit.plots import decided_worlds
-from freqgate_dit.training.decisions import FACTORS, PREDICTED
+from freqgate_dit.training.decisions import FACTORS, KINDS, PREDICTED
 from freqgate_dit.training.information import with_other
 
 
@@ -28,23 +30,31 @@ def collect(reports: list[Path]) -> dict[str, dict]:
     report's levels.
 
     Raises:
-        SystemExit: if a report gives no decision levels, or reports of a world and a variant are not of one recipe.
+        SystemExit: if a report neither gives decision levels nor says why not, or reports of a world and a variant are
+            not of one recipe.
     """
     worlds, all_facts = {}, {}
     for report in reports:
         facts, levels = read_facts(report), read_table(report, "decisions/levels")
-        if not levels:
+        shown = [row for row in read_table(report, "decisions/shown") if row["kind"] == KINDS[0]]
+        if not levels and not shown:
             raise SystemExit(f"`reports` has {report.name}, which gives no decision levels: see its report.html.")
         world = facts["world"]
         found = worlds.setdefault(
             world,
             {
                 "predicted_sign": PREDICTED[world],
-                "of_data": levels[0]["of_data"],
+                "of_data": None,
                 "models": {},
                 "used_over_entropy": {},
+                "shown": {},
             },
         )
+        if levels:
+            found["of_data"] = levels[0]["of_data"]
+        for row in shown:
+            shares = {factor: row[factor] for factor in FACTORS}
+            found["shown"].setdefault(facts["variant"], []).append({"report": report.name, **shares})
         uses = {row["of"]: row for row in read_table(report, "information/ceiling")}
         uses = {factor: uses[with_other(factor)] for factor in FACTORS if with_other(factor) in uses}
         found["used_over_entropy"].setdefault(facts["variant"], []).append(over_entropy(uses))
@@ -97,16 +107,17 @@ def print_findings(worlds: dict[str, dict]):
                     ", ".join(with_interval(row) for row in reports),
                     text(over)[1] if over else "-",
                 ]
-    print_table(
-        "Use of a factor over its entropy, each model",
-        list(FACTORS),
-        {
-            f"{world}, {variant}": [", ".join(f"{one[factor]:.2f}" for one in models if one) for factor in FACTORS]
-            for world, found in worlds.items()
-            for variant, models in found["used_over_entropy"].items()
-        },
-        "world, variant",
-    )
+    for title, name in (("Use of a factor over its entropy", "used_over_entropy"), ("Images that show it", "shown")):
+        print_table(
+            f"{title}, each model",
+            list(FACTORS),
+            {
+                f"{world}, {variant}": [", ".join(f"{one[factor]:.2f}" for one in models if one) for factor in FACTORS]
+                for world, found in worlds.items()
+                for variant, models in found[name].items()
+            },
+            "world, variant",
+        )
     columns = ["predicted", "of the data", "structure / texture", "texture - structure, each model", "over seeds"]
     print_table("Decision levels (log-SNR)", columns, rows, "world, variant, measurement")
 

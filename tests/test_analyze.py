@@ -577,7 +577,8 @@ def test_where_the_level_of_the_exchange_changes_nothing_no_level_is_given(answe
     subject = Subject(deciding_pipeline(), "mod")
     subject.classifier = (read, SURE)
     section = decision_section(subject)
-    assert said in section.reading[1] and not section.tables and not section.claims
+    assert said in section.reading[1] and not section.claims and section.tables.keys() == {"shown"}
+    assert section.tables["shown"][0] == {"kind": "swap", **dict.fromkeys(ROWS, float(answer == 0))}
     assert section.reading[1] in render_page("T", [], [section])
 
 

@@ -185,6 +185,31 @@ class TestWorlds:
         over = worlds["mod"]["over_seeds"]
         assert over["freq_gate"]["swap"]["mean"] == 2.5 and over["band_gate"] == {}
 
+    def test_a_model_that_shows_too_little_counts_with_its_use_alone(self, script, write):
+        """Images that show no factor have no level; what the predictions use of the label is of noisy images."""
+        good, poor = ({"kind": "swap", "structure": 0.9, "texture": share} for share in (0.6, 0.4))
+        reports = [
+            write(
+                "poor",
+                decisions__shown=[poor, {**poor, "kind": "insertion", "texture": 0.3}],
+                information__ceiling=use(-3.0, -2.0),
+            ),
+            write(
+                "good",
+                decisions__shown=[good],
+                decisions__levels=[level(-1.0, 1.0)],
+                information__ceiling=use(-3.0, -1.0),
+            ),
+        ]
+        found = script("decision_findings").collect(reports)["mod"]
+        models = found["models"]["freq_gate"]
+        assert [row["report"] for row in models["swap"]] == ["good"] and found["of_data"] == 1.5
+        assert [row["difference"] for row in models["use"]] == [1, 2]
+        assert found["shown"]["freq_gate"] == [
+            {"report": "poor", "structure": 0.9, "texture": 0.4},
+            {"report": "good", "structure": 0.9, "texture": 0.6},
+        ]
+
     def test_a_report_without_levels_is_refused(self, script, write):
         with pytest.raises(SystemExit, match="`reports` has x, which gives no decision levels"):
             script("decision_findings").collect([write("x")])

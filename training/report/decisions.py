@@ -60,6 +60,7 @@ def decision_section(subject: Subject) -> Section:
             subject.world,
         )
         shown = {factor: swaps.shown(factor) for factor in FACTORS}
+        section.tables.setdefault("shown", []).append({"kind": kind, **shown})
         if min(shown.values()) < LEAST_SHOWN:
             section.reading.append(
                 f"No level can be given: only {shown['structure']:.0%} of the images show the structure of either "
