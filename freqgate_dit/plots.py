@@ -161,10 +161,10 @@ def _draw_cells(axes, result: dict, table: np.ndarray, norm, colours: str, form:
     """`table (bins, bands)` as an image, noise at the top, with the values written in the cells by format `form`."""
     num_bins, num_bands = table.shape
     image = axes.imshow(table, norm=norm, cmap=colours, aspect="auto", origin="lower")
+    luminance = image.to_rgba(table)[..., :3] @ (0.2126, 0.7152, 0.0722)
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
-            luminance = np.dot(image.to_rgba(value)[:3], (0.2126, 0.7152, 0.0722))
-            colour = "black" if luminance > 0.45 else "white"
+            colour = "black" if luminance[row, column] > 0.45 else "white"
             axes.text(column, row, format(value, form), color=colour, ha="center", va="center", fontsize=8)
     edges = np.ceil(np.arange(num_bins + 1) * result["num_train_timesteps"] / num_bins).astype(int)
     axes.set_yticks(np.arange(num_bins + 1) - 0.5, edges)
