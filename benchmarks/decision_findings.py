@@ -20,7 +20,7 @@ from pathlib import Path
 from analysis_findings import common_facts, over_seeds, read_facts, read_table, text
 from output import print_table, write_result
 
-from freqgate_dit.plots import decided_worlds
+from freqgate_dit.report_plots import decided_worlds
 from freqgate_dit.training.decisions import FACTORS, KINDS, PREDICTED
 from freqgate_dit.training.information import with_other
 

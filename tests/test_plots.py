@@ -12,15 +12,14 @@ from PIL import Image
 from freqgate_dit.plots import (
     band_gain_curves,
     cell_maps,
-    decided_worlds,
     error_curves,
     gate_curves,
     image_grid,
     loss_curves,
     seed_curves,
     validation_heatmap,
-    worlds_figure,
 )
+from freqgate_dit.report_plots import decided_worlds, worlds_figure
 from freqgate_dit.training.latents import CachedLatents
 from freqgate_dit.training.validation import Validation
 

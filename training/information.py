@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from freqgate_dit import plots
+from freqgate_dit import report_plots
 from freqgate_dit.shapes_textures import STRUCTURES, WORLDS, ShapesTextures
 from freqgate_dit.traces import last_crossing
 from freqgate_dit.training.decisions import FACTORS
@@ -165,7 +165,7 @@ def main() -> None:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.figure:
         arguments.figure.parent.mkdir(parents=True, exist_ok=True)
-        plots.worlds_figure(result["log_snr"], result["worlds"]).savefig(arguments.figure)
+        report_plots.worlds_figure(result["log_snr"], result["worlds"]).savefig(arguments.figure)
 
 
 if __name__ == "__main__":

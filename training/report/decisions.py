@@ -1,6 +1,6 @@
 """When structure and texture are decided, by exchanging the label on the way."""
 
-from freqgate_dit import plots
+from freqgate_dit import report_plots
 from freqgate_dit.training.decisions import FACTORS, KINDS, LEAST_CHANGE, PREDICTED, swap_labels
 from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import LEAST_SHOWN, Subject
@@ -79,7 +79,7 @@ def decision_section(subject: Subject) -> Section:
         difference = swaps.difference()
         section.show(
             f"label_{kind}",
-            plots.decision_figure(swaps.log_snr, shares, levels, f"Label {kind}"),
+            report_plots.decision_figure(swaps.log_snr, shares, levels, f"Label {kind}"),
             f"{EXCHANGES[kind]} Structure turns at a log-SNR of {levels['structure']:+.2f}, texture at "
             f"{levels['texture']:+.2f} (dashed), texture {later(difference)}.",
         )

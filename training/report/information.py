@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from freqgate_dit import plots
+from freqgate_dit import report_plots
 from freqgate_dit.shapes_textures import STRUCTURES
 from freqgate_dit.traces import last_crossing, span_levels
 from freqgate_dit.training.decisions import FACTORS
@@ -71,7 +71,8 @@ def information_section(subject: Subject) -> Section:
     if section.tables.get("ceiling"):
         section.shown += ("ceiling",)
     if curve or factor_curves:
-        figure = plots.information_figure(curve, by_factor, (levels, factor_curves, half) if factor_curves else None)
+        of_data = (levels, factor_curves, half) if factor_curves else None
+        figure = report_plots.information_figure(curve, by_factor, of_data)
         section.show("information", figure, _caption(by_factor or {"the label": curve}))
     return section
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from freqgate_dit import plots
+from freqgate_dit import plots, report_plots
 from freqgate_dit.interventions import changed_gate, gate_changes, labels_from, labels_in_path
 from freqgate_dit.metrics import band_power
 from freqgate_dit.spectral import octave_labels
@@ -72,7 +72,7 @@ def intervention_section(subject: Subject) -> Section:
         most = max(parts[strongest])
         band = bands[parts[strongest].index(most)]
         caption += f" Of a part alone '{strongest}' changes most, {most:.2f} at {band} cycles per image."
-    section.show("effects", plots.effect_figure(changes, bands), caption)
+    section.show("effects", report_plots.effect_figure(changes, bands), caption)
     if not subject.has_null_condition:
         section.reading.append(f"Interventions that take the condition away are left out: {_why_no_null(subject)}.")
     both_paths = {"other condition in low", "other condition in high"} <= found.keys()

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from freqgate_dit import plots
+from freqgate_dit import plots, report_plots
 from freqgate_dit.metrics import band_power
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES
 from freqgate_dit.traces import DenoisingTrace, NoPredictionError, last_crossing, noised_power
@@ -58,7 +58,7 @@ def trace_section(subject: Subject) -> Section:
             caption.append(_read_final_power(trace, power[-1] / octaves, known.source, what))
         elif space == "latent":
             caption.append("The pipeline holds no spectrum of the training data, so there is nothing to compare with.")
-        section.show(name, plots.trace_figure(trace.log_snr, trace.bands, power, octaves), " ".join(caption))
+        section.show(name, report_plots.trace_figure(trace.log_snr, trace.bands, power, octaves), " ".join(caption))
     if around:
         section.reading.append(
             "Powers of the predicted image are those of its difference from the mean image of the class, which can be "
@@ -174,7 +174,7 @@ def _compare_with_forward_process(
     ]
     section.show(
         "forward_process",
-        plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward),
+        report_plots.forward_figure(trace.log_snr[1:], trace.bands, sampled, forward),
         "The spectrum of the noisy samples on the way is at most a factor of "
         f"{np.exp(np.abs(np.log(sampled / forward)).max()):.2f} from that of noised training data. The nearer to 1, "
         "the less it says of the network: noise schedule and data alone make it. So the order is read from the "
