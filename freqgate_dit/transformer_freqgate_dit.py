@@ -191,7 +191,9 @@ def random_low_pass(rows: int, columns: int, cutoff: float) -> torch.Tensor:
     have no frequency: the control."""
     gains = low_pass_gains(radial_index(rows, columns, "cpu"), cutoff).flatten()
     gains = gains[gains > 0].sort(descending=True).values
-    noise = torch.randn(rows * columns, rows * columns, generator=torch.Generator().manual_seed(0), device="cpu")
+    shape, generator = (rows * columns, rows * columns), torch.Generator().manual_seed(0)
+    # `from_pretrained(torch_dtype=...)` changes the default type, and there is no QR in half precision.
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     directions = torch.linalg.qr(noise)[0][: len(gains)]
     return directions.T @ (gains[:, None] * directions)
 

@@ -1,5 +1,7 @@
 """Band-Gate: its low-pass, its start as adaLN-Zero, its options and its size."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -182,6 +184,9 @@ def test_statistics_and_directions_travel_with_the_weights(tmp_path):
     model.set_spectrum(torch.zeros(4, 8, 8), torch.rand(4, 8, 8) + 0.5, torch.linspace(0.99, 0.01, 1000))
     model.save_pretrained(tmp_path)
     assert torch.equal(run(type(model).from_pretrained(tmp_path)), run(model))
+    for dtype in (torch.bfloat16, torch.float16):  # the directions are drawn, by way of QR, before weights are read
+        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+        assert loaded.dtype == dtype and torch.equal(run(loaded), run(copy.deepcopy(model).to(dtype)))
 
 
 def test_the_band_gains_are_those_of_the_blocks():
