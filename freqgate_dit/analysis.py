@@ -14,7 +14,7 @@ from freqgate_dit.transformer_freqgate_dit import (
 
 
 BRANCHES = ("attention", "mlp")  # of a block, in the order of tables
-MOST_GATED, MOST_AVERAGED = 64, 8  # classes whose gates are read one by one, and for a mean
+MOST_AVERAGED = 8  # classes whose gates are read for a mean
 
 
 @torch.no_grad()
@@ -137,16 +137,17 @@ def usual_band_gains(pipeline: FreqGateDiTPipeline) -> tuple[np.ndarray, np.ndar
     Returns:
         timesteps, low, high as `band_gain_table` gives them, and under what condition, in words.
     """
-    num_classes = pipeline.num_classes
-    if num_classes and not pipeline.has_null_condition:
+    num_classes, labels = pipeline.num_classes, [None]
+    if pipeline.is_text_conditional:
+        condition = "under a text embedding of zeros"
+    elif not pipeline.is_conditional:
+        condition = "without a condition"
+    elif pipeline.has_null_condition:
+        condition = "under the null condition"
+    else:
         labels = range(min(num_classes, MOST_AVERAGED))
         few = f"the first {MOST_AVERAGED} " if num_classes > MOST_AVERAGED else ""
         condition = f"on average over {few}classes"
-    else:
-        labels = [None]
-        condition = "under the null condition" if num_classes else "without a condition"
-    if pipeline.is_text_conditional:
-        condition = "under a text embedding of zeros"
     tables = [band_gain_table(pipeline.transformer, label=label) for label in labels]
     timesteps, low, high = (np.mean(values, axis=0) for values in zip(*tables))
     return timesteps, low, high, condition

@@ -21,15 +21,15 @@ def flops_per_forward(model: torch.nn.Module) -> int:
 
 
 @functools.lru_cache
-def _count_flops(model_class: type, config: str) -> int:
+def _count_flops(model_class: type, arguments: str) -> int:
     with torch.device("meta"):
-        model = model_class(**json.loads(config))
-        config, arguments = model.config, {}
+        model = model_class(**json.loads(arguments))
+        config, inputs = model.config, {}
         if config.num_classes:
-            arguments["class_labels"] = torch.zeros(1, dtype=torch.long)
+            inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
         if config.pooled_projection_dim:
-            arguments["pooled_projections"] = torch.zeros(1, config.pooled_projection_dim)
+            inputs["pooled_projections"] = torch.zeros(1, config.pooled_projection_dim)
         sample = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
         with FlopCounterMode(display=False) as counter:
-            model(sample, torch.zeros(1), **arguments)
+            model(sample, torch.zeros(1), **inputs)
     return counter.get_total_flops()

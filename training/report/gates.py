@@ -6,7 +6,6 @@ import torch
 from freqgate_dit import plots
 from freqgate_dit.analysis import (
     BRANCHES,
-    MOST_GATED,
     band_gain_statistics,
     band_gain_table,
     band_visibility,
@@ -21,7 +20,7 @@ from freqgate_dit.training.report.page import Section
 from freqgate_dit.training.report.subject import Subject
 
 
-OF_A_CLASS = 5  # timesteps at which the gates of each class are read
+MOST_GATED, OF_A_CLASS = 64, 5  # classes whose gates are read one by one, and timesteps of each
 SAME_DIRECTION = 0.5  # three channels of four; or a correlation with log-SNR
 LEAST_RANGE = 0.01  # of a gate over time, for it to have moved
 
