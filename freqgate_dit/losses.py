@@ -61,6 +61,21 @@ def sample_timesteps(
     return (uniform * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
 
 
+def timestep_distribution(
+    num_train_timesteps: int, sampling: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
+) -> torch.Tensor:
+    """Probability that `sample_timesteps` gives a timestep below t, for t = 0 to T: the inverse of what it computes.
+
+    Returns:
+        `(T + 1,)` float64 on the CPU, rising from 0 to 1. Its differences are the probabilities of the timesteps.
+    """
+    progress = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
+    if sampling == "uniform":
+        return progress
+    # The ends are infinite logits, whose quantiles are 0 and 1.
+    return torch.special.ndtr((torch.logit(progress) - logit_mean) / logit_std)
+
+
 def drop_labels(labels: torch.Tensor, null_label: int, uniform: torch.Tensor, probability: float) -> torch.Tensor:
     """Replace labels `(B,)` by `null_label` where `uniform (B,)` < `probability`: the training side of guidance."""
     return torch.where(uniform < probability, torch.full_like(labels, null_label), labels)
@@ -164,6 +179,12 @@ class DiffusionObjective:
             self.logit_std,
         )
 
+    def timestep_distribution(self) -> torch.Tensor:
+        """Probability `(T + 1,)` float64 on the CPU that training draws a timestep below t, for t = 0 to T."""
+        return timestep_distribution(
+            self.scheduler.config.num_train_timesteps, self.timestep_sampling, self.logit_mean, self.logit_std
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the loss terms, in their order."""
@@ -200,6 +221,6 @@ class DiffusionObjective:
         return terms
 
     def total(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The scalar to minimise: batch means of the terms, weighted and summed."""
+        """The scalar to minimise: batch means of the terms `(B,)`, weighted and summed."""
         weights = {"mse": 1.0, "spectral": self.spectral_weight}
         return sum(weights[name] * term.mean() for name, term in terms.items())

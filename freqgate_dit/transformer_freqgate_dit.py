@@ -38,35 +38,54 @@ logger = logging.get_logger(__name__)
 # Positions
 
 
-def sincos_position_embedding(height: int, width: int, dim: int, device=None) -> torch.Tensor:
+def token_positions(count: int, full: int | None = None, device=None) -> torch.Tensor:
+    """Places `(count,)` float32 of the centres of `count` tokens along an axis, in units of the full grid's `full`
+    tokens: a place in the image has one position on every grid."""
+    index = torch.arange(count, dtype=torch.float32, device=device)
+    return index if full in (None, count) else (index + 0.5) * (full / count) - 0.5
+
+
+def sincos_position_embedding(
+    height: int, width: int, dim: int, device=None, full_grid: tuple[int, int] = (None, None)
+) -> torch.Tensor:
     """Fixed 2-D sin-cos positions: the first D/2 channels encode the column, the last D/2 the row (as in DiT and MAE).
 
     Computed from the grid's size at every call, so any grid works and no buffer has to survive loading.
+
+    Args:
+        height, width: tokens of the grid.
+        full_grid: those of the image's full grid, if this one is coarser (see `token_positions`).
 
     Returns:
         `torch.Tensor` of shape `(height * width, dim)`, float32.
     """
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))
-    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * omega  # (h, D/4)
-    columns = torch.arange(width, dtype=torch.float32, device=device)[:, None] * omega  # (w, D/4)
+    rows = token_positions(height, full_grid[0], device)[:, None] * omega  # (h, D/4)
+    columns = token_positions(width, full_grid[1], device)[:, None] * omega  # (w, D/4)
     rows = torch.cat([rows.sin(), rows.cos()], dim=-1)[:, None].expand(height, width, -1)
     columns = torch.cat([columns.sin(), columns.cos()], dim=-1)[None].expand(height, width, -1)
     return torch.cat([columns, rows], dim=-1).reshape(height * width, dim)
 
 
 def rotary_position_embedding(
-    height: int, width: int, head_dim: int, num_extra_tokens: int = 0, device=None
+    height: int,
+    width: int,
+    head_dim: int,
+    num_extra_tokens: int = 0,
+    device=None,
+    full_grid: tuple[int, int] = (None, None),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Axial 2-D rotary positions (RoPE): half of a head's channel pairs turn with the row, half with the column.
 
-    Extra tokens (appended conditions) have no place on the grid and are not rotated.
+    Extra tokens (appended conditions) have no place on the grid and are not rotated. `full_grid` is that of
+    `sincos_position_embedding`.
 
     Returns:
         `(cos, sin)`, each of shape `(height * width + num_extra_tokens, head_dim)`, float32.
     """
     omega = 10000.0 ** (-torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))
-    rows = (torch.arange(height, dtype=torch.float32, device=device)[:, None] * omega)[:, None].expand(-1, width, -1)
-    columns = (torch.arange(width, dtype=torch.float32, device=device)[:, None] * omega)[None].expand(height, -1, -1)
+    rows = (token_positions(height, full_grid[0], device)[:, None] * omega)[:, None].expand(-1, width, -1)
+    columns = (token_positions(width, full_grid[1], device)[:, None] * omega)[None].expand(height, -1, -1)
     angles = torch.cat([rows, columns], dim=-1).reshape(height * width, head_dim // 2)
     angles = F.pad(angles, (0, 0, 0, num_extra_tokens)).repeat_interleave(2, dim=-1)
     return angles.cos(), angles.sin()
@@ -107,9 +126,12 @@ class DataSpectrum(nn.Module):
 
     Set once by [`~ConditionedDiTTransformer2DModel.set_spectrum`]; until then white data of unit variance, and the
     linear schedule of DDPM. Buffers, saved with the weights, and float32 in every dtype of the model.
+
+    A model with views (`grid_views`) also keeps its `switches`: the log-SNR at and below which each coarser view is
+    used, finest first; NaN until they are set, minus infinity for never.
     """
 
-    def __init__(self, channels: int, size: int, num_train_timesteps: int):
+    def __init__(self, channels: int, size: int, num_train_timesteps: int, num_views: int = 1):
         super().__init__()
         # Not `torch.linspace`: after transformers has patched it, it may ignore an enclosing `torch.device("meta")`.
         progress = torch.arange(num_train_timesteps, dtype=torch.float32) / max(1, num_train_timesteps - 1)
@@ -117,6 +139,8 @@ class DataSpectrum(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, size, size, dtype=torch.float32))
         self.register_buffer("power", torch.ones(channels, size, size, dtype=torch.float32))
         self.register_buffer("log_snr", torch.logit(alphas_cumprod))
+        if num_views > 1:
+            self.register_buffer("switches", torch.full((num_views - 1,), math.nan, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
         # bfloat16 has three digits: it would blur the noise level by several steps of the schedule.
@@ -127,17 +151,21 @@ class DataSpectrum(nn.Module):
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
+    def log_snr_at(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Log-SNR `(B,)` at `timestep (B,)`, which may be fractional."""
+        timestep = timestep.clamp(0, len(self.log_snr) - 1)
+        below = timestep.long().clamp(max=max(0, len(self.log_snr) - 2))
+        above = (below + 1).clamp(max=len(self.log_snr) - 1)
+        return torch.lerp(self.log_snr[below], self.log_snr[above], timestep - below)
+
     def forward(self, timestep: torch.Tensor, height: int, width: int):
-        """Of samples of any size, at `timestep (B,)`, which may be fractional.
+        """Of samples of any size, at `timestep (B,)`.
 
         Returns:
             log-SNR `(B, 1, 1, 1)`; mean and power `(C, height, width)`. At another size than the data's, the power
             is that of the same cycles per pixel, the mean that of the resized mean image.
         """
-        timestep = timestep.clamp(0, len(self.log_snr) - 1)
-        below = timestep.long().clamp(max=max(0, len(self.log_snr) - 2))
-        above = (below + 1).clamp(max=len(self.log_snr) - 1)
-        log_snr = torch.lerp(self.log_snr[below], self.log_snr[above], timestep - below)
+        log_snr = self.log_snr_at(timestep)
         mean, power = self.mean, self.power
         if (height, width) != tuple(power.shape[-2:]):
             rows = torch.arange(height, device=power.device) * power.shape[-2] // height
@@ -153,14 +181,17 @@ def low_pass_gains(index: torch.Tensor, cutoff: float) -> torch.Tensor:
     return torch.where(gains < 0.01, 0, gains)
 
 
-def dct_low_pass(rows: int, columns: int, cutoff: float, device=None) -> tuple[torch.Tensor, ...]:
+def dct_low_pass(rows: int, columns: int, cutoff: float, device=None, zoom: float = 1) -> tuple[torch.Tensor, ...]:
     """The low-pass of a grid of tokens, for `apply_low_pass`.
+
+    Args:
+        cutoff: as a fraction of Nyquist's frequency of a grid with `zoom` times as many tokens a side.
 
     Returns:
         The DCT's kept rows `(k, rows)` and columns `(l, columns)`, and their gains `(k, l)`; float32.
     """
-    gains = low_pass_gains(radial_index(rows, columns, device), cutoff)
-    last = cutoff + math.log(99) / 32  # where the gain falls to 0.01
+    gains = low_pass_gains(radial_index(rows, columns, device) / zoom, cutoff)
+    last = (cutoff + math.log(99) / 32) * zoom  # where the gain falls to 0.01
     kept_rows, kept_columns = (min(n, math.ceil(n * last)) for n in (rows, columns))
     return (
         dct_matrix(rows, device)[:kept_rows],
@@ -248,6 +279,9 @@ class SpectralPreconditioner(nn.Module):
     noise level: EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, section 5) with a sigma_data per
     coefficient. At the input its full whitening would drown the strong low frequencies among many noisy ones.
 
+    On a coarse view of n x n the network sees and answers the n x n coefficients of lowest frequency alone, as an
+    image of that size; F is 0 in the others, which so get their best linear estimate.
+
     Args:
         kind: "wiener"; "scalar", one S for all coefficients (EDM's, the control); "learned", where each of 8 rings of
             radial frequency has a learned G = sigmoid((1 + alpha) l + ln S + c) per channel, alpha and c zero at
@@ -265,12 +299,20 @@ class SpectralPreconditioner(nn.Module):
             self.slope = nn.Parameter(torch.zeros(channels, NUM_RINGS))
             self.offset = nn.Parameter(torch.zeros(channels, NUM_RINGS))
 
-    def forward(self, noisy: torch.Tensor, log_snr: torch.Tensor, mean: torch.Tensor, power: torch.Tensor):
-        """Args: `noisy (B, C, H, W)` float32, log-SNR `(B, 1, 1, 1)`, mean and power `(C, H, W)`.
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        log_snr: torch.Tensor,
+        mean: torch.Tensor,
+        power: torch.Tensor,
+        view_size: tuple[int, int] | None = None,
+    ):
+        """Args: `noisy (B, C, H, W)` float32, log-SNR `(B, 1, 1, 1)`, mean and power `(C, H, W)`; `view_size (h, w)`
+        of a coarse view, by default `(H, W)`.
 
         Returns:
-            The network's input `(B, C, H, W)`; coefficients `(skip, output)` of the prediction, or `None` where that
-            is the network's: prediction = DCT^-1( skip + output DCT(F) ).
+            The network's input `(B, C, h, w)`; coefficients `skip (B, C, H, W)` and `output (B, C, h, w)` of the
+            prediction, or `None` where that is the network's: prediction = DCT^-1( skip + output DCT(F) ).
         """
         a, s = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         if self.kind == "mask":
@@ -287,14 +329,17 @@ class SpectralPreconditioner(nn.Module):
         logit = self.gate_logit(log_snr, power)
         gain, rest = torch.sigmoid(logit), torch.sigmoid(-logit)
         z = dct2(noisy) - a * mean
+        rows, columns = view_size or noisy.shape[-2:]
+        seen = gain[..., :rows, :columns]  # all of it on the full grid
         inputs, coefficients = noisy, None
         if self.at in ("both", "input"):
-            shown = gain + 0.02
-            scale = (shown * (a.square() * power + s.square())).mean(dim=(1, 2, 3), keepdim=True).rsqrt()
-            inputs = idct2(shown.sqrt() * z) * scale
+            shown = seen + 0.02
+            variance = a.square() * power[:, :rows, :columns] + s.square()
+            scale = (shown * variance).mean(dim=(1, 2, 3), keepdim=True).rsqrt()
+            inputs = idct2(shown.sqrt() * z[..., :rows, :columns]) * scale
         if self.at in ("both", "output"):
-            x0 = mean + gain / a * z, s / a * gain.sqrt()
-            epsilon = rest / s * z, -gain.sqrt()
+            x0 = mean + gain / a * z, s / a * seen.sqrt()
+            epsilon = rest / s * z, -seen.sqrt()
             coefficients = {
                 "sample": x0,
                 "epsilon": epsilon,
@@ -700,7 +745,8 @@ class BandGateDiTBlock(AdaLNZeroDiTBlock):
 
 @dataclass
 class Record:
-    """One observed tensor, on the CPU: `kind` is "attention" or in `inspectable`, `call` counts forward passes."""
+    """One observed tensor, on the CPU: `kind` is "attention" or in `inspectable`, `call` counts passes through the
+    blocks. (A batch whose samples are on several views takes a pass for each of them.)"""
 
     kind: str
     block: int
@@ -722,9 +768,9 @@ class Recorder:
     _bytes: int = 0
     _timestep: torch.Tensor | None = None
 
-    def start_call(self, timestep, batch_size: int):
+    def start_call(self, timestep: torch.Tensor):
         self._call += 1
-        self._timestep = torch.as_tensor(timestep).detach().float().cpu().expand(batch_size)
+        self._timestep = timestep.detach().cpu()
 
     def add(self, kind: str, block: int, value: torch.Tensor):
         size = value.numel() * value.element_size()
@@ -838,6 +884,12 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             preconditioning the model need not know; with it, this is the scheduler's.
         num_train_timesteps (`int`, defaults to `1000`): steps of the noise schedule, for preconditioning and
             `band_clock`.
+        grid_views (`int`, defaults to `1`): Freq-Grid, with "wiener" preconditioning. The views of the image that the
+            transformer may work on: the full grid of tokens, and from 2 on half of it, a quarter, ... Each has its own
+            input and output projection, the blocks are shared. Where noise hides the frequencies that a coarser view
+            lacks, it is used, and the Wiener filter predicts the rest.
+        grid_tolerance (`float`, defaults to `0.05`): a view is used where no coefficient outside of it has a Wiener
+            gain above this. (Switches of another rule can be given to `set_spectrum`.) 0 is the full grid always.
     """
 
     _supports_gradient_checkpointing = True
@@ -899,6 +951,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         preconditioning_at: str = "both",
         prediction_type: str | None = None,
         num_train_timesteps: int = 1000,
+        grid_views: int = 1,
+        grid_tolerance: float = 0.05,
     ):
         super().__init__()
         self._check_arguments()
@@ -935,9 +989,17 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         self.modulation_out = Modulation(dim, num_vectors=2) if modulates_output else None
         self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
 
+        # Of the coarser views, finest first.
+        self.coarse_patch_embeds = nn.ModuleList(
+            nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size) for _ in range(grid_views - 1)
+        )
+        self.coarse_proj_outs = nn.ModuleList(
+            nn.Linear(dim, patch_size**2 * self.out_channels) for _ in range(grid_views - 1)
+        )
+
         self.spectrum = self.preconditioner = None
         if preconditioning or (self.needs_spectrum and band_clock):
-            self.spectrum = DataSpectrum(in_channels, sample_size, num_train_timesteps)
+            self.spectrum = DataSpectrum(in_channels, sample_size, num_train_timesteps, grid_views)
         if preconditioning:
             self.preconditioner = SpectralPreconditioner(
                 preconditioning, preconditioning_at, prediction_type, in_channels
@@ -1029,11 +1091,39 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             )
         if config.num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` ({config.num_train_timesteps}) must be at least 1.")
+        self._check_views()
         if config.attention_head_dim % 4:
             raise ValueError(
                 f"`attention_head_dim` ({config.attention_head_dim}) must be a multiple of 4: positions are sines and "
                 "cosines of two coordinates."
             )
+
+    def _check_views(self):
+        config = self.config
+        if not isinstance(config.grid_views, int) or config.grid_views < 1:
+            raise ValueError(f"`grid_views` ({config.grid_views}) must be at least 1, the full grid alone.")
+        if not 0 <= config.grid_tolerance < 1:
+            raise ValueError(f"`grid_tolerance` ({config.grid_tolerance}) must be in [0, 1): it bounds a Wiener gain.")
+        if config.grid_views == 1:
+            return
+        if config.preconditioning != "wiener" or config.preconditioning_at != "both":
+            raise ValueError(
+                f"`grid_views` ({config.grid_views}) needs the Wiener filter for what a coarse view does not see: set "
+                f"`preconditioning` ({config.preconditioning!r}) to 'wiener' and `preconditioning_at` "
+                f"({config.preconditioning_at!r}) to 'both', or `grid_views` to 1."
+            )
+        tokens = config.sample_size / config.patch_size
+        if tokens % 2 ** (config.grid_views - 1):
+            sizes = ", ".join(f"{tokens / 2**view:g}" for view in range(config.grid_views))
+            most = next(n for n in range(config.grid_views - 1, 0, -1) if n == 1 or tokens % 2 ** (n - 1) == 0)
+            raise ValueError(
+                f"`grid_views` ({config.grid_views}): samples of {config.sample_size} in patches of "
+                f"{config.patch_size} would make views of {sizes} tokens a side, which must all be whole numbers from "
+                f"1 on: use `grid_views` {most}, or a `sample_size` that is a multiple of `patch_size` x "
+                f"{2 ** (config.grid_views - 1)}."
+            )
+        if config.band_basis == "random":
+            raise ValueError("`band_basis` 'random' has directions of one grid: it does not go with `grid_views`.")
 
     def initialize_weights(self, seed: int | None = None):
         """Initialise as DiT does: zero modulation and output, so that the untrained model predicts 0 everywhere.
@@ -1056,7 +1146,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         for name, module in self.named_modules():
             if name in embedders:  # normal(0.02)
                 draw(nn.init.normal_, module.weight, name, std=0.02)
-            elif module is self.patch_embed:  # a linear layer on flattened patches
+            elif isinstance(module, nn.Conv2d):  # of patches: a linear layer on the flattened ones
                 draw(nn.init.xavier_uniform_, module.weight.view(module.out_channels, -1), name)
             elif isinstance(module, nn.Linear):
                 draw(nn.init.xavier_uniform_, module.weight, name)
@@ -1072,16 +1162,34 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 nn.init.zeros_(module.high.weight)
             if isinstance(module, ConditionAdapter):
                 nn.init.zeros_(module.up.weight)
-        nn.init.zeros_(self.proj_out.weight)
+        for head in (self.proj_out, *self.coarse_proj_outs):
+            nn.init.zeros_(head.weight)
 
     @classmethod
-    def _load_pretrained_model(cls, *args, **kwargs):
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, name, loaded_keys, *args, **kwargs):
+        # Neither full-grid weights on coarse views nor the reverse is a model that was trained.
+        saved = 1 + sum(key.startswith("coarse_proj_outs.") and key.endswith(".bias") for key in loaded_keys)
+        if saved != model.config.grid_views:
+            raise ValueError(
+                f"`grid_views` is {model.config.grid_views}, but the weights in {name} are of a model with {saved}: "
+                f"load them with `grid_views` {saved}, as their own config has it; the trainer's `--init_from` starts "
+                "one kind from the other."
+            )
         # `_keep_in_fp32_modules` would do this too, but makes diffusers refuse `low_cpu_mem_usage=False`, its only way
         # to load where accelerate is not installed.
-        return super()._load_pretrained_model(*args, **{**kwargs, "keep_in_fp32_modules": ["spectrum"]})
+        kwargs["keep_in_fp32_modules"] = ["spectrum"]
+        return super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, name, loaded_keys, *args, **kwargs
+        )
 
     @torch.no_grad()
-    def set_spectrum(self, mean: torch.Tensor, power: torch.Tensor, alphas_cumprod: torch.Tensor):
+    def set_spectrum(
+        self,
+        mean: torch.Tensor,
+        power: torch.Tensor,
+        alphas_cumprod: torch.Tensor,
+        switches: torch.Tensor | None = None,
+    ):
         """Tell a model with preconditioning or band gates what its data and noise are like, as the trainer does.
 
         What is set is saved with the weights.
@@ -1091,6 +1199,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 sample_size)`. Power below a thousandth of its mean is raised to that, so that a coefficient that is
                 constant in the data does not make the gates degenerate.
             alphas_cumprod: the scheduler's, `(num_train_timesteps,)`, in (0, 1).
+            switches: of a model with views, log-SNR `(grid_views - 1,)` at and below which each coarser view is used,
+                falling from the finest on; minus infinity for never. By default those of `grid_tolerance`.
 
         Raises:
             ValueError: for other shapes, values out of range, or a model that knows no spectrum.
@@ -1116,9 +1226,29 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 f"`alphas_cumprod` is in [{alphas_cumprod.min():.3g}, {alphas_cumprod.max():.3g}], but must be inside "
                 "(0, 1): a schedule that ends at pure noise (zero terminal SNR) has no finite log-SNR there."
             )
+        if switches is not None:
+            if self.config.grid_views == 1:
+                raise ValueError("`switches` were given, but this model has no views: build it with `grid_views`.")
+            self._check_shape("switches", switches, own.switches.shape)
+            if switches.isnan().any() or (switches.diff() > 0).any():
+                raise ValueError(f"`switches` ({switches.tolist()}) must be log-SNRs that do not rise.")
         own.mean.copy_(mean)
         own.power.copy_(power.clamp(min=1e-3 * power.mean()))
         own.log_snr.copy_(torch.logit(alphas_cumprod.double()))
+        if self.config.grid_views > 1:
+            own.switches.copy_(self._tolerated_switches() if switches is None else switches)
+
+    def _tolerated_switches(self) -> torch.Tensor:
+        """Log-SNR `(grid_views - 1,)` below which no gain outside of each coarser view exceeds `grid_tolerance`."""
+        power, tolerance = self.spectrum.power, self.config.grid_tolerance
+        limit = math.log(tolerance) - math.log1p(-tolerance) if tolerance else -math.inf
+        switches = []
+        for view in range(1, self.config.grid_views):
+            rows, columns = self.view_size(view, *power.shape[-2:])
+            outside = torch.ones(power.shape[-2:], dtype=torch.bool, device=power.device)
+            outside[:rows, :columns] = False
+            switches.append(limit - power[:, outside].max().log())
+        return torch.stack(switches)
 
     def add_parts(self, dim: int):
         """What a variant has beyond its blocks, built before the weights are initialised."""
@@ -1141,12 +1271,59 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             )
         return height // patch_size, width // patch_size
 
-    def embed_timestep(self, timestep, batch_size: int, device, dtype: torch.dtype) -> torch.Tensor:
-        """Time embedding `(B, D)`. Timestep and sinusoid stay float32: bfloat16 would turn 937 into 936."""
+    def view_size(self, view: int, height: int, width: int) -> tuple[int, int]:
+        """Size of a view of samples of `height x width`: a half, a quarter, ... of each side, in whole patches, where
+        need be one more.
+
+        A switch is at the same noise level at every size: it is about cycles per pixel, which halving a side halves.
+        """
+        patch_size = self.config.patch_size
+        return tuple(patch_size * math.ceil(side / (patch_size * 2**view)) for side in (height, width))
+
+    def views_of(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The view `(B,)` int64 that samples at `timestep (B,)` are denoised on: 0 is the full grid.
+
+        Raises:
+            ValueError: if the switches between the views were never set.
+        """
+        if self.config.grid_views == 1:
+            return torch.zeros_like(timestep, dtype=torch.long)
+        switches = self.spectrum.switches
+        if switches.isnan().any():
+            raise ValueError(
+                f"this model has `grid_views` {self.config.grid_views}, but knows no spectrum that says where to use "
+                "them: call `set_spectrum` with the training data's, as the trainer does."
+            )
+        return (self.spectrum.log_snr_at(timestep)[:, None] <= switches).sum(dim=1)
+
+    def _group_by_view(self, timestep: torch.Tensor, samples_per_view) -> tuple[torch.Tensor | None, list[int]]:
+        """Order `(B,)` that sorts the samples by view, `None` if they are, and how many there are of each view."""
+        if samples_per_view is not None:
+            counts = list(samples_per_view)
+            if len(counts) != self.config.grid_views or sum(counts) != len(timestep) or min(counts) < 0:
+                raise ValueError(
+                    f"`samples_per_view` ({tuple(counts)}) must share out the {len(timestep)} samples among the "
+                    f"{self.config.grid_views} views of this model."
+                )
+            return None, counts
+        if self.config.grid_views == 1:
+            return None, [len(timestep)]
+        views = self.views_of(timestep)
+        counts = views.bincount(minlength=self.config.grid_views).tolist()
+        is_sorted = max(counts) == len(timestep)
+        return None if is_sorted else views.argsort(stable=True), counts
+
+    @staticmethod
+    def expand_timestep(timestep, batch_size: int, device) -> torch.Tensor:
+        """`timestep` of all samples, `(B,)` float32 in every dtype of the model: bfloat16 would turn 937 into 936."""
         timestep = torch.as_tensor(timestep, device=device)
         if timestep.shape not in ((), (1,), (batch_size,)):
             raise ValueError(f"`timestep` has shape {tuple(timestep.shape)}; expected a scalar or ({batch_size},).")
-        timestep = timestep.to(torch.float32).expand(batch_size)
+        return timestep.to(torch.float32).expand(batch_size)
+
+    def embed_timestep(self, timestep, batch_size: int, device, dtype: torch.dtype) -> torch.Tensor:
+        """Time embedding `(B, D)`, by a sinusoid in float32."""
+        timestep = self.expand_timestep(timestep, batch_size, device)
         return self.time_embed(self.time_proj(timestep).to(dtype))
 
     def embed_condition(self, class_labels, pooled_projections, temb: torch.Tensor) -> torch.Tensor:
@@ -1192,14 +1369,17 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         timestep = torch.as_tensor(timestep, device=hidden_states.device).to(torch.float32)
         return self.spectrum(timestep.expand(hidden_states.shape[0]), *hidden_states.shape[-2:])
 
-    def precondition(self, hidden_states: torch.Tensor, known: tuple[torch.Tensor, ...]):
+    def precondition(self, hidden_states: torch.Tensor, known: tuple[torch.Tensor, ...], view: int = 0):
         """The network's input, and how its output becomes the prediction (see `SpectralPreconditioner`)."""
+        view_size = self.view_size(view, *hidden_states.shape[-2:])
         # Gates span many orders of magnitude, and the skip must keep the sample's digits: float32 under autocast too.
         with _without_autocast(hidden_states.device.type):
-            inputs, coefficients = self.preconditioner(hidden_states.float(), *known)
+            inputs, coefficients = self.preconditioner(hidden_states.float(), *known, view_size)
         return inputs.to(hidden_states.dtype), coefficients
 
-    def block_inputs(self, hidden_states: torch.Tensor, known: tuple[torch.Tensor, ...] | None) -> tuple:
+    def block_inputs(
+        self, hidden_states: torch.Tensor, known: tuple[torch.Tensor, ...] | None, view: int = 0
+    ) -> tuple:
         """What the blocks are given besides tokens, embeddings and positions; from the noisy input `(B, C, H, W)`."""
         return ()
 
@@ -1213,7 +1393,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             return output
         with _without_autocast(output.device.type):
             skip, gain = coefficients
-            return idct2(skip + gain * dct2(output.float())).to(dtype)
+            answer = gain * dct2(output.float())
+            if answer.shape != skip.shape:  # of a coarse view: nothing beyond its frequencies
+                rows, columns = (full - own for full, own in zip(skip.shape[-2:], answer.shape[-2:]))
+                answer = F.pad(answer, (0, columns, 0, rows))
+            return idct2(skip + answer).to(dtype)
 
     def unpatchify(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """`(B, rows * columns, p * p * C)` to `(B, C, rows * p, columns * p)`."""
@@ -1228,6 +1412,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         class_labels: torch.Tensor | None = None,
         pooled_projections: torch.Tensor | None = None,
         return_dict: bool = True,
+        samples_per_view: tuple[int, ...] | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -1236,23 +1421,66 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*): in [0, num_classes].
             pooled_projections (`torch.Tensor` of shape `(batch, pooled_projection_dim)`, *optional*): text embedding.
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
+            samples_per_view (`tuple`, *optional*): of a model with views, the number of samples to denoise on each
+                view, the full grid first, where the samples are sorted by it. By default the timesteps decide, which
+                waits for the device, and which `torch.compile` of the whole model cannot trace.
 
         Returns:
             `sample (batch, out_channels, height, width)`, of the scheduler's prediction type.
         """
+        self.token_grid(hidden_states)  # refuses other shapes
+        batch_size = hidden_states.shape[0]
+        timestep = self.expand_timestep(timestep, batch_size, hidden_states.device)
+        order, counts = self._group_by_view(timestep, samples_per_view)
+        if max(counts) == batch_size:
+            view = counts.index(batch_size)
+            sample = self.denoise_on(view, hidden_states, timestep, class_labels, pooled_projections)
+        else:
+            groups = []
+            for name, tensor in (
+                ("hidden_states", hidden_states),
+                ("timestep", timestep),
+                ("class_labels", class_labels),
+                ("pooled_projections", pooled_projections),
+            ):
+                if tensor is not None:
+                    self._check_shape(name, tensor, (batch_size, *tensor.shape[1:]))
+                    tensor = tensor if order is None else tensor[order]
+                groups.append([None] * len(counts) if tensor is None else tensor.split(counts))
+            sample = torch.cat(
+                [self.denoise_on(view, *group) for view, group in enumerate(zip(*groups)) if counts[view]]
+            )
+            sample = sample if order is None else sample[order.argsort()]
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def denoise_on(
+        self,
+        view: int,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        pooled_projections: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The prediction `(B, C, H, W)` by the tokens of one view; arguments are those of `forward`."""
         # 1. Input
-        batch_size, device, dtype = hidden_states.shape[0], hidden_states.device, hidden_states.dtype
-        rows, columns = self.token_grid(hidden_states)
-        temb = self.embed_timestep(timestep, batch_size, device, dtype)  # (B, D)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        full_grid = self.token_grid(hidden_states)
+        temb = self.embed_timestep(timestep, len(timestep), device, dtype)  # (B, D)
         known = self.known_of(hidden_states, timestep)
-        block_inputs = self.block_inputs(hidden_states, known)
+        block_inputs = self.block_inputs(hidden_states, known, view)
         coefficients = None
         if self.preconditioner is not None:
-            hidden_states, coefficients = self.precondition(hidden_states, known)
-        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
+            hidden_states, coefficients = self.precondition(hidden_states, known, view)
+        rows, columns = self.token_grid(hidden_states)
+        patch_embed = self.coarse_patch_embeds[view - 1] if view else self.patch_embed
+        tokens = patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         # The residual stream keeps this memory order through all blocks, where norms would have to undo the transpose.
         tokens = tokens.contiguous()
-        tokens = tokens + sincos_position_embedding(rows, columns, tokens.shape[-1], device).to(dtype)
+        positions = sincos_position_embedding(rows, columns, tokens.shape[-1], device, full_grid)
+        tokens = tokens + positions.to(dtype)
         cond = self.embed_condition(class_labels, pooled_projections, temb)  # (B, D)
 
         # 2. Blocks
@@ -1262,7 +1490,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         if self.config.use_rope:
             num_appended = tokens.shape[1] - num_patches
             image_rotary_emb = rotary_position_embedding(
-                rows, columns, self.config.attention_head_dim, num_appended, device
+                rows, columns, self.config.attention_head_dim, num_appended, device, full_grid
             )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -1275,12 +1503,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         if self.modulation_out is not None:
             shift, scale = self.modulation_out(temb + cond).chunk(2, dim=-1)  # (B, 1, D)
             tokens = modulate(tokens, shift, scale)
-        sample = self.unpatchify(self.proj_out(tokens), rows, columns)  # (B, C, H, W)
-        sample = self.compose(sample, coefficients, dtype)
-
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        proj_out = self.coarse_proj_outs[view - 1] if view else self.proj_out
+        output = self.unpatchify(proj_out(tokens), rows, columns)  # (B, C, h, w) of the view
+        return self.compose(output, coefficients, dtype)
 
     # -- looking inside ---------------------------------------------------------------------------------------------
 
@@ -1313,15 +1538,12 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         recorder = Recorder(max_bytes, kinds, len(self.transformer_blocks))
         handles, processors = [], []
 
-        def start_call(module, args, kwargs):
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            recorder.start_call(args[1] if len(args) > 1 else kwargs["timestep"], hidden_states.shape[0])
-
         def add_output(kind, index):
             return lambda module, args, output: recorder.add(kind, index, output)
 
         try:
-            handles.append(self.register_forward_pre_hook(start_call, with_kwargs=True))
+            # Each pass begins by embedding the timesteps (B,) of its samples.
+            handles.append(self.time_proj.register_forward_pre_hook(lambda module, args: recorder.start_call(*args)))
             for index, block in enumerate(self.transformer_blocks):
                 for kind in kinds:
                     if kind != "attention":
@@ -1395,10 +1617,12 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
         if self.clock_embed is not None:
             nn.init.zeros_(self.clock_embed.weight)
 
-    def low_pass(self, rows: int, columns: int, device) -> tuple[torch.Tensor, ...]:
-        """P_low of a grid of tokens, as `apply_low_pass` takes it."""
+    def low_pass(self, rows: int, columns: int, device, full_rows: int | None = None) -> tuple[torch.Tensor, ...]:
+        """P_low of a grid of tokens, as `apply_low_pass` takes it; on a coarse view, where the full grid has
+        `full_rows`, it passes the same cycles per image."""
         if self.config.band_basis == "dct":
-            return dct_low_pass(rows, columns, self.config.band_cutoff, device)
+            zoom = 1 if full_rows is None else full_rows / rows
+            return dct_low_pass(rows, columns, self.config.band_cutoff, device, zoom)
         if self.config.band_basis == "binomial":
             return binomial_low_pass(rows, columns, device)
         grid = self.config.sample_size // self.config.patch_size
@@ -1419,13 +1643,15 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
         gains = torch.sigmoid(log_snr + power.log()).mean(dim=1)  # (B, H, W)
         return torch.stack([(band * gains).sum(dim=(1, 2)) / band.sum() for band in (low, 1 - low)], dim=1)
 
-    def block_inputs(self, hidden_states, known):
+    def block_inputs(self, hidden_states, known, view=0):
         clocks = 0, 0
         if self.clock_embed is not None:
             clocks = self.clock_embed(self.band_clocks(known).to(hidden_states.dtype)).chunk(2, dim=-1)  # 2 of (B, D)
         if self.config.band_branches == "none":
             return clocks, None
-        return clocks, self.low_pass(*self.token_grid(hidden_states), hidden_states.device)
+        patch_size, full_rows = self.config.patch_size, self.token_grid(hidden_states)[0]
+        rows, columns = (side // patch_size for side in self.view_size(view, *hidden_states.shape[-2:]))
+        return clocks, self.low_pass(rows, columns, hidden_states.device, full_rows)
 
 
 # Short name, as configs and tables use it -> class.

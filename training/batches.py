@@ -12,6 +12,7 @@ import torch
 
 from freqgate_dit.losses import stratified_uniform
 from freqgate_dit.training.latents import CachedLatents
+from freqgate_dit.training.shares import ViewShares
 
 
 def derived_seed(seed: int, *keys: int) -> int:
@@ -56,13 +57,21 @@ class Batches:
         size: images of a global batch, over all processes and accumulation steps.
         seed: of the run.
         stratified: spread the timesteps' uniforms evenly over the global batch.
+        shares: of models with views, how a micro-batch is shared out among them; `size` is a multiple of its samples.
         prefetch: whether to make the batch of the next step in a thread while the step runs; the batches are the same.
             By default on CUDA, if the data lies on the host. (On a CPU the thread would take the step's cores.)
     """
 
     def __init__(
-        self, data: CachedLatents, size: int, seed: int, stratified: bool = True, prefetch: bool | None = None
+        self,
+        data: CachedLatents,
+        size: int,
+        seed: int,
+        stratified: bool = True,
+        shares: ViewShares | None = None,
+        prefetch: bool | None = None,
     ):
+        self.shares = shares
         self.data = data
         self.size = size
         self.seed = seed
@@ -129,6 +138,8 @@ class Batches:
         uniform, dropout, flip = torch.rand(3, self.size, generator=generator, device=device)
         noise = torch.randn((self.size, *self.data.shape), generator=generator, device=device)
         latents, labels = self.data.draw(indices, flip, generator)
-        if self.stratified:
+        if self.shares is not None:
+            uniform = self.shares.place(uniform, self.stratified)
+        elif self.stratified:
             uniform = stratified_uniform(uniform, torch.arange(self.size, device=device), self.size)
         return Batch(latents, labels, noise, uniform, dropout)

@@ -89,6 +89,12 @@ class ModelConfig:
         None, f"Spectral gates of input, skip and output, by the data's statistics: {', '.join(PRECONDITIONING)}."
     )
     preconditioning_at: str = knob("both", "Where: both, input, or output (skip and output).")
+    grid_views: int = knob(
+        1,
+        "Freq-Grid, with preconditioning wiener: grids of tokens to work on, the full one, and from 2 on half of it, "
+        "a quarter, ..., where noise hides the frequencies that they lack.",
+    )
+    grid_tolerance: float = knob(0.05, "A coarser grid is used where no Wiener gain beyond it is above this.")
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)
@@ -98,7 +104,9 @@ class ModelConfig:
         check_choice("preconditioning_at", self.preconditioning_at, PRECONDITIONING_AT)
         for name, choices in BAND_OPTIONS.items():
             check_choice(name, getattr(self, name), choices)
-        check_range(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", least=1)
+        check_range(
+            self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "grid_views", least=1
+        )
         if self.mlp_ratio <= 0:
             raise ValueError(f"`mlp_ratio` ({self.mlp_ratio}) must be positive; 4 is usual.")
 
@@ -106,6 +114,10 @@ class ModelConfig:
         """The model, for inputs `(B, in_channels, sample_size, sample_size)`."""
         arguments = dataclasses.asdict(self)
         variant = VARIANTS[arguments.pop("variant")]
+        if objective.grid_price is not None and self.grid_views == 1:
+            raise ValueError(
+                f"`grid_price` ({objective.grid_price}) is for models with views: set `grid_views` (1) above 1."
+            )
         if self.preconditioning or variant.needs_spectrum:  # other models need not know what they predict
             names = ("prediction_type", "num_train_timesteps")
             arguments |= {name: getattr(objective, name) for name in names}
@@ -161,6 +173,11 @@ class ObjectiveConfig:
         None, f"Weigh the squared error per frequency: {', '.join(BAND_WEIGHTS)}; unset: all alike."
     )
     band_blind: bool = knob(False, "The control of band_weights: the mean weight of each noise level instead.")
+    grid_price: float | None = knob(
+        None,
+        "Freq-Grid: choose where to switch by price, so many nats per token of the mean grid, in place of "
+        "grid_tolerance.",
+    )
     class_dropout_prob: float = knob(0.1, "How often the condition is dropped; 0 rules out guidance.")
 
     def __post_init__(self):
@@ -178,6 +195,8 @@ class ObjectiveConfig:
                 f"`beta_start` ({self.beta_start}) and `beta_end` ({self.beta_end}) must satisfy "
                 "0 < beta_start <= beta_end < 1."
             )
+        if self.grid_price is not None and self.grid_price <= 0:
+            raise ValueError(f"`grid_price` ({self.grid_price}) must be above 0 nats per token, or unset.")
         if self.logit_std <= 0:
             raise ValueError(f"`logit_std` ({self.logit_std}) must be positive.")
         if not 0 <= self.class_dropout_prob < 1:

@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -168,7 +169,13 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def encode(
-    images: LabelledImages, indices: range, vae, flip: bool, device, batch_size: int = 64, progress: tqdm | None = None
+    images: LabelledImages,
+    indices: Sequence[int],
+    vae,
+    flip: bool,
+    device,
+    batch_size: int = 64,
+    progress: tqdm | None = None,
 ) -> dict[str, torch.Tensor]:
     """Encode images: "mean" and, of an autoencoder with a posterior, "std", each `(n, views, C, H, W)` on the CPU.
 
@@ -374,6 +381,17 @@ def data_statistics(data: CachedLatents, num_samples: int = 4096, batch_size: in
         flip = torch.rand(len(part), generator=generator, device=data.device)
         statistics.update(data.draw(part, flip, generator)[0])
     return statistics
+
+
+def estimated_statistics(images: LabelledImages, vae, flip: bool, device, num_images: int) -> SpectrumStatistics:
+    """Mean and power spectrum of images spread over the data set, encoded in memory: what a run that has not encoded
+    its data yet can know of them."""
+    count = min(num_images, len(images))
+    indices = [index * len(images) // count for index in range(count)]
+    if vae is not None:
+        vae.to(device)
+    encoded = encode(images, indices, vae, flip, device)
+    return data_statistics(CachedLatents(encoded["mean"], encoded.get("std"), mirror=flip and vae is None))
 
 
 def scale_warning(std: float) -> str | None:

@@ -8,9 +8,11 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers import SchedulerMixin
 
 from freqgate_dit.band_weights import BandWeights, decoder_weights, octave_weights
+from freqgate_dit.ladder import priced_switches
 from freqgate_dit.losses import DiffusionObjective
 from freqgate_dit.pipelines.pipeline_freqgate_dit import decode_from_latents
 from freqgate_dit.samplers import make_sampler
+from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training.config import ObjectiveConfig, TrainConfig
 from freqgate_dit.training.latents import CachedLatents
 
@@ -45,6 +47,16 @@ def make_sampling_scheduler(name: str, training: DDPMScheduler, spectrum: dict |
             f"DDPMScheduler and {type(sampling).__name__} disagree on the noise schedule; please report it."
         )
     return sampling
+
+
+@torch.no_grad()
+def set_spectrum(model, statistics: SpectrumStatistics, objective: DiffusionObjective, grid_price: float | None):
+    """Tell a model that asks for it the spectrum of its data, and by it where to switch between its views."""
+    known = statistics.mean, statistics.power, objective.scheduler.alphas_cumprod
+    model.set_spectrum(*known)
+    if grid_price is not None:
+        density = objective.timestep_distribution().diff()
+        model.set_spectrum(*known, priced_switches(model, density, grid_price))
 
 
 def make_band_weights(

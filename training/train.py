@@ -24,6 +24,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit.files import replace_file
 from freqgate_dit.hub import prepare_repository
+from freqgate_dit.ladder import Ladder
 from freqgate_dit.losses import drop_labels
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training.batches import DROPOUT, Batches, derived_seed
@@ -40,7 +41,7 @@ from freqgate_dit.training.checkpoints import (
 )
 from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import TrainingRun, parse_config
-from freqgate_dit.training.cost import describe_cost
+from freqgate_dit.training.cost import describe_cost, describe_ladder
 from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_images
 from freqgate_dit.training.ema import WeightAverages
 from freqgate_dit.training.guards import UpdateGuard
@@ -50,6 +51,7 @@ from freqgate_dit.training.latents import (
     LatentCache,
     data_bytes,
     data_statistics,
+    estimated_statistics,
     load_vae,
     sample_shape,
     scale_warning,
@@ -70,7 +72,9 @@ from freqgate_dit.training.schedules import (
     make_objective,
     make_sampling_scheduler,
     make_scheduler,
+    set_spectrum,
 )
+from freqgate_dit.training.shares import ViewShares
 from freqgate_dit.training.stopping import StopRequest
 from freqgate_dit.training.validation import Validation, ValidationResult
 from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
@@ -79,6 +83,9 @@ from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
 # Tokens up to which plain matrix products beat PyTorch's fused attention in training on a CPU, with its maps in memory
 # for the backward pass (benchmarks/cpu_attention.py).
 SHORT_SEQUENCE = 256
+# Images by whose spectrum a dry run knows where a model's views are used; with an autoencoder to encode them, and
+# without.
+ESTIMATED_BY = 128, 1024
 
 
 class Trainer:
@@ -111,6 +118,7 @@ class Trainer:
         self._build_model()
         self._describe(len(images))
         if train.dry_run:
+            self._estimate_ladder(images)
             return
 
         check_disk(self.output_dir, self._run_bytes())
@@ -220,6 +228,31 @@ class Trainer:
             sep="\n",
         )
 
+    def _estimate_ladder(self, images: LabelledImages):
+        if self.config.model.grid_views == 1:
+            return
+        count = min(len(images), ESTIMATED_BY[self.vae is None])
+        statistics = estimated_statistics(images, self.vae, self.config.data.horizontal_flip, self.device, count)
+        set_spectrum(self.model, statistics, self.objective, self.config.objective.grid_price)
+        self._make_shares()
+        self.print(f"{'':16}(by the spectrum of {count} images; a run measures it by up to 4,096)")
+
+    def _make_shares(self):
+        """Of a model with views: the ladder by the spectrum that it knows, and each view's share of a micro-batch."""
+        self.ladder = self.shares = None
+        if self.config.model.grid_views == 1:
+            return
+        self.ladder = Ladder.of(self.model, self.objective.timestep_distribution().diff())
+        self.shares = ViewShares.of(self.model, self.objective, self.config.train.per_device_batch_size)
+        for projections in (self.model.coarse_patch_embeds, self.model.coarse_proj_outs):
+            for projection, count in zip(projections, self.shares.counts[1:], strict=True):
+                projection.requires_grad_(count > 0)  # processes wait for gradients of what is not used
+        self.print(
+            describe_ladder(self.model, self.ladder, self.total_steps * self.global_batch_size),
+            f"{'':16}of each {len(self.shares)} samples {' + '.join(map(str, self.shares.counts))} are on these views",
+            sep="\n",
+        )
+
     def _run_bytes(self) -> int:
         others = self.vae, self.condition.text_encoder
         pushed = self.config.hub.push_to_hub
@@ -271,15 +304,17 @@ class Trainer:
             if warning:
                 self.print(warning)
         if self.model.spectrum is not None and self.checkpoint is None:  # a checkpoint brings its own
-            alphas_cumprod = self.objective.scheduler.alphas_cumprod
-            self.model.set_spectrum(statistics.mean, statistics.power, alphas_cumprod)
+            set_spectrum(self.model, statistics, self.objective, config.objective.grid_price)
+        self._make_shares()
         self.objective.band_weights = make_band_weights(
             config.objective, self.objective.scheduler, statistics.power, data, self.vae
         )
         # Images that are all alike have no spectrum, which is an error only of a sampler that needs one.
         spectrum = statistics.spectrum() if statistics.power.any() else None
         self.sampler = make_sampling_scheduler(config.sampling.sampler, self.objective.scheduler, spectrum)
-        self.batches = Batches(data, self.global_batch_size, config.train.seed, config.objective.stratified)
+        self.batches = Batches(
+            data, self.global_batch_size, config.train.seed, config.objective.stratified, self.shares
+        )
         self.validation = Validation(
             heldout,
             self.objective.scheduler,
@@ -311,7 +346,9 @@ class Trainer:
         if train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if train.compile:
-            self.model.compile_repeated_blocks(fullgraph=True)
+            # A graph per view and kind of batch, each of static shape, by one code for all blocks.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            self.model.compile_repeated_blocks(fullgraph=True, dynamic=None if self.shares is None else False)
         self.prepared_model, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -400,10 +437,16 @@ class Trainer:
             probability = self.config.objective.class_dropout_prob
             labels = drop_labels(labels, self.condition.null_label, batch.dropout, probability)
         denoise = partial(self.denoise, self.prepared_model, labels=labels)
-        return self.objective.terms(denoise, batch.latents, batch.noise, self.objective.timesteps(batch.uniform))
+        if self.shares is None:
+            return self.objective.terms(denoise, batch.latents, batch.noise, self.objective.timesteps(batch.uniform))
+        timesteps = self.shares.timesteps(self.objective, batch.uniform)
+        denoise = partial(denoise, samples_per_view=self.shares.counts)
+        terms = self.objective.terms(denoise, batch.latents, batch.noise, timesteps)
+        return {name: self.shares.weights * term for name, term in terms.items()}
 
-    def denoise(self, model, noisy, timesteps, labels) -> torch.Tensor:
-        return model(noisy, timesteps, **self.condition.forward_arguments(labels), return_dict=False)[0]
+    def denoise(self, model, noisy, timesteps, labels, **arguments) -> torch.Tensor:
+        arguments |= self.condition.forward_arguments(labels)
+        return model(noisy, timesteps, **arguments, return_dict=False)[0]
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total_steps

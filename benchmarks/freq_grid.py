@@ -1,0 +1,377 @@
+"""The ablation of Freq-Grid, planned in results/EXPERIMENTS.md (9): arms at equal computation and at equal images.
+
+    python benchmarks/freq_grid.py --data cats64 --data_dir ../shared/data --out runs/freq_grid       # trains
+    python benchmarks/freq_grid.py --data cats64 --data_dir ../shared/data --out runs/freq_grid --report results
+
+Every run is one of training/train.py's `Trainer`, on one thread, in bf16. An arm's steps are the budget over its FLOPs
+per step: of "equal computation" all have BUDGET, of "equal images" (arms with `_images`) as many steps as the full
+grid. Controls are the models of freq_grid_models.py; the peer is diffusers' `DiTTransformer2DModel` in a plain loop,
+with the same images, order, noise, timesteps and validation. Processes started with the same `--out` share the runs
+out among themselves; a run that was cut off is taken up by the next that is started with `--resume_all`. Timings are
+of the steps alone, without validation.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DiTTransformer2DModel
+from freq_grid_models import CONTROLS
+
+from freqgate_dit import __version__
+from freqgate_dit.files import digest_of_sources, read_json_lines, write_text
+from freqgate_dit.training.config import TrainingRun, parse_config
+from freqgate_dit.training.latents import LatentCache
+from freqgate_dit.training.schedules import learning_rate
+from freqgate_dit.training.train import Trainer
+from freqgate_dit.training.validation import Validation
+from freqgate_dit.transformer_freqgate_dit import VARIANTS
+
+
+VARIANTS.update(CONTROLS)
+
+BUDGET = 90e12  # FLOPs of matrix products, forward times 3
+POINTS = 10  # held-out error is measured at so many tenths of a run
+DATA = {
+    "cats64": {
+        "dataset": "afhq_cat128_*.parquet",
+        "heldout_per_class": 1700,
+        "condition": "none",
+        "resolution": 64,
+        "patch_size": 4,
+        "price": 1.19,
+    },
+    "clothing64": {
+        "dataset": "clothing128_*.parquet",
+        "heldout_fraction": 0.1,
+        "resolution": 64,
+        "patch_size": 4,
+        "price": 0.743,
+    },
+    "cats128": {
+        "dataset": "afhq_cat128_*.parquet",
+        "heldout_per_class": 1700,
+        "condition": "none",
+        "resolution": 128,
+        "patch_size": 8,
+        "price": 6.39,
+    },
+}
+COMMON = {
+    "variant": "adaln_zero",
+    "num_layers": 6,
+    "num_attention_heads": 3,
+    "horizontal_flip": "true",
+    "prediction_type": "v_prediction",
+    "timestep_sampling": "logit_normal",
+    "per_device_batch_size": 32,
+    "learning_rate": 6e-4,
+    "lr_schedule": "cosine",
+    "warmup_steps": 50,
+    "adam_beta2": 0.99,
+    "ema_snapshots": 0,
+    "mixed_precision": "bf16",
+    "cpu_threads": 1,
+    "log_every": 20,
+    "num_validation_images": 512,
+    "report_to": "none",
+}
+WIENER = {"preconditioning": "wiener"}
+GRID = {**WIENER, "grid_views": 3}
+ARMS = {
+    "full_grid": WIENER,
+    "freq_grid": GRID,
+    "freq_grid_02": {**GRID, "grid_tolerance": 0.02},
+    "freq_grid_10": {**GRID, "grid_tolerance": 0.1},
+    "freq_grid_priced": {**GRID, "grid_price": "price"},
+    "large_patches": {**GRID, "variant": "large_patches"},
+    "whole_patch_head": {**GRID, "variant": "whole_patch_head"},
+    "scalar_complement": {**GRID, "variant": "scalar_complement"},
+    "shared_projections": {**GRID, "variant": "shared_projections"},
+    "permuted": {**GRID, "variant": "permuted"},
+    "random_block": {**GRID, "variant": "random_block"},
+    "constant_large_patch": {**WIENER, "patch_size": "x2"},
+    "full_grid_plain": {},
+    "diffusers": {},
+}
+# At equal images, for as many steps as the full grid has.
+IMAGES = ["freq_grid", "freq_grid_02", "freq_grid_10", "freq_grid_priced", "large_patches", "whole_patch_head"]
+ARMS |= {f"{name}_images": ARMS[name] for name in IMAGES}
+
+
+def words(name: str, arm: str, seed: int, options: argparse.Namespace, folder: Path, **more) -> list[str]:
+    data = dict(DATA[name])
+    price = data.pop("price")
+    values = {**COMMON, **data, **ARMS[arm], "seed": seed, "output_dir": folder, **more}
+    values["dataset"] = options.data_dir / data["dataset"]
+    values["cache_dir"] = options.out / "cache"
+    values["patch_size"] = data["patch_size"] * (2 if values["patch_size"] == "x2" else 1)
+    if values.get("grid_price"):
+        values["grid_price"] = price
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def reset():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Run(Trainer):
+    """A trainer whose length is a budget of FLOPs: its steps are counted when its views are known."""
+
+    def __init__(self, config: TrainingRun, budget: float):
+        self.budget = budget
+        super().__init__(config)
+
+    def _make_shares(self):
+        super()._make_shares()
+        forward = flops_of_step(self) / 3
+        if self.checkpoint is None and self.config.train.max_steps == 1:
+            self.total_steps = max(POINTS, round(self.budget / flops_of_step(self)))
+            every = math.ceil(self.total_steps / POINTS)
+            train = replace(
+                self.config.train,
+                max_steps=self.total_steps,
+                validate_every=every,
+                preview_every=self.total_steps,
+                save_every=every,
+            )
+            self.config = replace(self.config, train=train)
+        self.print(f"{forward / 1e9:.1f} GFLOP forward of a batch, {self.total_steps} steps")
+
+
+def flops_of_step(trainer: Trainer) -> float:
+    """FLOPs of matrix products in an optimiser step: three times those of a forward pass."""
+    from freqgate_dit.cost import flops_per_forward
+
+    model, size = trainer.model, trainer.global_batch_size
+    counts = [size] if trainer.shares is None else trainer.shares.counts
+    return 3 * sum(count * flops_per_forward(model, view) for view, count in enumerate(counts))
+
+
+def train_arm(name: str, arm: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
+    reset()
+    resume = ["--resume", "auto"] if (folder / "config.yaml").exists() else []
+    more = {"max_steps": 1} if not resume else {}
+    steps = steps_of_full_grid(name, options) if arm.endswith("_images") else None
+    if steps:
+        every = math.ceil(steps / POINTS)
+        more = {"max_steps": steps, "validate_every": every, "preview_every": steps, "save_every": every}
+    given = words(name, arm, seed, options, folder, **more)
+    trainer = Run(
+        parse_config(["--config", str(folder / "config.yaml"), *resume] if resume else given), options.budget
+    )
+    trainer.train()
+    validations = read_json_lines(folder / "validation.jsonl")
+    lines = [line for line in read_json_lines(folder / "metrics.jsonl") if "images_per_second" in line]
+    speeds = sorted(line["images_per_second"] for line in lines)
+    per_step = flops_of_step(trainer)
+    with trainer.averages.swapped_into(trainer.model):
+        final = held_out(trainer, lambda x, t, y: trainer.denoise(trainer.model, x, t, y))
+    return {
+        "steps": trainer.total_steps,
+        "images": trainer.total_steps * trainer.global_batch_size,
+        "flops": trainer.total_steps * per_step,
+        "flops_per_step": per_step,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "images_per_second": speeds[len(speeds) // 2],
+        "ladder": trainer.ladder.to_json() if trainer.ladder else None,
+        "counts": trainer.shares.counts if trainer.shares else None,
+        "curve": [{"step": line["step"], **errors(line["ema"])} for line in validations],
+        "final": final,
+    }
+
+
+def errors(values: dict) -> dict:
+    """Of the held-out prediction v, on the images of a run's own validations."""
+    return {"loss": values["loss"], "by_timestep": values["loss_by_timestep"]}
+
+
+def held_out(trainer: Trainer, denoise) -> dict:
+    """Errors of v on all held-out images: mean, by noise level, by octave, and by both."""
+    config = trainer.config
+    cache = LatentCache(trainer.data_sets[1], None, False, config.latents.cache_dir)
+    data = cache.load("cpu")
+    validation = Validation(data, trainer.objective.scheduler, 1700, 64, null_label=None)
+    trainer.model.eval()
+    result = validation.summarise(validation(denoise))
+    return {
+        "images": int(result.num_images.sum()),
+        "loss": result.loss,
+        "by_timestep": result.loss_by_timestep.tolist(),
+        "bands": result.bands,
+        "table": result.table.tolist(),
+    }
+
+
+def steps_of_full_grid(name: str, options: argparse.Namespace) -> int:
+    """Steps of the full grid within the budget, without training it."""
+    config = parse_config(words(name, "full_grid", 0, options, options.out / "none", max_steps=1))
+    from freqgate_dit.cost import flops_per_forward
+    from freqgate_dit.training.conditions import load_condition
+    from freqgate_dit.training.data import load_images
+
+    images, _ = load_images(config.data, config.latents.cache_dir)
+    condition = load_condition(config.condition, images.class_names, "cpu").model_arguments()
+    with torch.device("meta"):
+        model = config.model.build(3, config.data.resolution, condition, config.objective)
+    return round(options.budget / (3 * config.train.per_device_batch_size * flops_per_forward(model)))
+
+
+def train_diffusers(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
+    """The peer: diffusers' DiT, a plain loop as its training examples have it, bf16 autocast, one average of weights.
+
+    Data, order, noise, timesteps, learning rates, average and validation are those of the trainer's run, which is set
+    up for them and not trained.
+    """
+    from diffusers.training_utils import EMAModel
+
+    reset()
+    trainer = Run(parse_config(words(name, "full_grid", seed, options, folder, max_steps=1)), options.budget)
+    config, objective = trainer.model.config, trainer.objective
+    classes = config.num_classes or 1
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(
+        num_attention_heads=config.num_attention_heads,
+        attention_head_dim=config.attention_head_dim,
+        in_channels=3,
+        out_channels=3,
+        num_layers=config.num_layers,
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=classes,
+    )
+    steps = trainer.total_steps  # at equal FLOPs of the full grid: the two differ by embedders alone
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
+    average = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    null, zeros = config.num_classes, torch.zeros(10**4, dtype=torch.long)
+
+    def denoise(noisy, timesteps, labels):
+        labels = zeros[: len(noisy)] if labels is None else labels
+        return model(noisy, timestep=timesteps, class_labels=labels, return_dict=False)[0]
+
+    def validate():
+        average.store(model.parameters())
+        average.copy_to(model.parameters())
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = trainer.validation.summarise(trainer.validation(lambda x, t, y: denoise(x, t, y).float()))
+        model.train()
+        average.restore(model.parameters())
+        return result
+
+    curve, seconds = [], 0.0
+    every = math.ceil(steps / POINTS)
+    model.train()
+    for step in range(steps + 1):
+        if step % every == 0 or step == steps:
+            result = validate()
+            error = {"loss": result.loss, "by_timestep": result.loss_by_timestep.tolist()}
+            curve.append({"step": step, "seconds": seconds, **error})
+            print(f"step {step}/{steps}: held-out {result.loss:.4f} after {seconds:.0f} s", flush=True)
+        if step == steps:
+            break
+        start = time.perf_counter()
+        batch = trainer.batches.draw(step)
+        labels = batch.labels
+        if null is not None:
+            labels = torch.where(batch.dropout < 0.1, null, labels)
+        timesteps = objective.timesteps(batch.uniform)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(trainer.config.train, step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            noisy = objective.scheduler.add_noise(batch.latents, batch.noise, timesteps)
+            prediction = denoise(noisy, timesteps, labels)
+        target = objective.scheduler.get_velocity(batch.latents, batch.noise, timesteps)
+        loss = torch.nn.functional.mse_loss(prediction.float(), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+        seconds += time.perf_counter() - start
+    finals = []
+    for _ in range(2):
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            finals.append(held_out(trainer, lambda x, t, y: denoise(x, t, y).float()))
+        average.copy_to(model.parameters())
+    # The last weights or their average, whatever is better: an average of diffusers' has another profile than ours.
+    final = min(finals, key=lambda result: result["loss"])
+    per_step = flops_of_step(trainer)
+    return {
+        "steps": steps,
+        "images": steps * trainer.global_batch_size,
+        "flops": steps * per_step,
+        "flops_per_step": per_step,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "images_per_second": steps * trainer.global_batch_size / seconds,
+        "ladder": None,
+        "counts": None,
+        "curve": curve,
+        "final": final,
+    }
+
+
+def run_one(name: str, arm: str, seed: int, options: argparse.Namespace) -> bool:
+    """Train an arm unless it was or is being trained; whether it was trained here."""
+    folder = options.out / name / f"{arm}_seed{seed}"
+    result, claim = folder.with_suffix(".json"), folder.with_suffix(".claim")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if result.exists():
+        return False
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        if not options.resume_all or claim.stat().st_mtime > START:
+            return False
+        os.utime(claim)
+    print(f"== {name} {arm} seed {seed}", flush=True)
+    start = time.time()
+    if arm == "diffusers":
+        values = train_diffusers(name, seed, options, folder)
+    else:
+        values = train_arm(name, arm, seed, options, folder)
+    values |= {
+        "data": name,
+        "arm": arm,
+        "seed": seed,
+        "budget": options.budget,
+        "seconds_in_all": time.time() - start,
+        "code": digest_of_sources(Path(sys.modules["freqgate_dit"].__file__).parent),
+        "versions": {"freqgate_dit": __version__, "torch": torch.__version__},
+        "machine": platform.machine(),
+    }
+    write_text(result, json.dumps(values))
+    return True
+
+
+START = time.time()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of the parquet files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, default=BUDGET, help="FLOPs of a run (default: %(default)g)")
+    parser.add_argument("--resume_all", action="store_true", help="take up runs that were cut off")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in options.seeds:
+        for arm in options.arms:
+            run_one(options.data, arm, seed, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Freq-Grid's ladder: the views of a model, the timesteps that each serves, what it costs, and at what price.
+
+A model with `grid_views` denoises on a coarser grid of tokens where noise hides the frequencies that this grid lacks
+(see `ConditionedDiTTransformer2DModel`). Its switches are log-SNRs; this module reads them as timesteps, shares of a
+density of timesteps, and FLOPs, and computes switches by their price.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from freqgate_dit.cost import flops_per_forward
+from freqgate_dit.transformer_freqgate_dit import ConditionedDiTTransformer2DModel
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A view.
+
+    Args:
+        size: its height and width, in pixels (of the latents).
+        tokens: of its grid.
+        timesteps: the first and the last that it serves, from clean to noise; `None` if it serves none.
+        share: of the density of timesteps.
+        flops: of a forward pass of one image.
+    """
+
+    size: int
+    tokens: int
+    timesteps: tuple[int, int] | None
+    share: float
+    flops: int
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All views of a model, the full grid first.
+
+    Args:
+        rungs: a view each.
+        price: at most so many nats are lost against ideal denoisers on the full grid (see `price_of`).
+        dimensions: numbers of a sample, over which the price is spread.
+    """
+
+    rungs: tuple[Rung, ...]
+    price: float
+    dimensions: int
+
+    @classmethod
+    def of(cls, model: ConditionedDiTTransformer2DModel, density: torch.Tensor) -> "Ladder":
+        """Of a model whose spectrum is set.
+
+        Args:
+            density: probability `(num_train_timesteps,)` of each timestep.
+
+        Raises:
+            ValueError: if a view serves timesteps that do not follow each other.
+        """
+        config, views = model.config, timesteps_per_view(model)
+        rungs = []
+        for view, timesteps in enumerate(views):
+            size = model.view_size(view, config.sample_size, config.sample_size)[0]
+            rungs.append(
+                Rung(
+                    size=size,
+                    tokens=(size // config.patch_size) ** 2,
+                    timesteps=timesteps,
+                    share=0.0 if timesteps is None else density[timesteps[0] : timesteps[1] + 1].sum().item(),
+                    flops=flops_per_forward(model, view),
+                )
+            )
+        dimensions = config.in_channels * config.sample_size**2
+        return cls(tuple(rungs), price_of(model), dimensions)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Ladder":
+        """Inverse of `to_json`."""
+        rungs = [{**rung, "timesteps": rung["timesteps"] and tuple(rung["timesteps"])} for rung in values["rungs"]]
+        return cls(tuple(Rung(**rung) for rung in rungs), values["price"], values["dimensions"])
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(rung.share * rung.tokens for rung in self.rungs)
+
+    @property
+    def mean_flops(self) -> float:
+        """Of a forward pass, over the density of timesteps."""
+        return sum(rung.share * rung.flops for rung in self.rungs)
+
+    @property
+    def has_switch(self) -> bool:
+        """Whether a coarser view is ever used."""
+        return any(rung.timesteps for rung in self.rungs[1:])
+
+    def describe(self) -> str:
+        """As lines of text, for people."""
+        full = self.rungs[0]
+        if not self.has_switch:
+            return (
+                "Freq-Grid       no switch: at no noise level of this schedule does noise hide the frequencies that a "
+                "coarser grid lacks; the full grid is used always"
+            )
+        head = (
+            f"Freq-Grid       {self.mean_tokens:.1f} of {full.tokens} tokens on average in training, "
+            f"{self.mean_flops / full.flops:.3f} of the full grid's FLOPs ({full.flops / self.mean_flops:.1f}x saved)"
+        )
+        lines = [f"{'':16}{rung.size:4d} px, {rung.tokens:4d} tokens: {_served(rung)}" for rung in self.rungs]
+        bits = self.price / self.dimensions / math.log(2)
+        price = f"{'':16}price: at most {self.price:.0f} nats ({bits:.3f} bits per value) with ideal denoisers"
+        return "\n".join([head, *lines, price])
+
+
+def _served(rung: Rung) -> str:
+    if rung.timesteps is None:
+        return "never"
+    first, last = rung.timesteps
+    return f"t = {first} to {last}, {rung.share:.1%} of the timesteps drawn"
+
+
+def timesteps_per_view(model: ConditionedDiTTransformer2DModel) -> list[tuple[int, int] | None]:
+    """First and last training timestep of each view, the full grid first; `None` for a view that is never used.
+
+    Raises:
+        ValueError: if the timesteps of a view do not follow each other.
+    """
+    device = model.device
+    views = model.views_of(torch.arange(model.config.num_train_timesteps, dtype=torch.float32, device=device)).cpu()
+    ranges = []
+    for view in range(model.config.grid_views):
+        used = (views == view).nonzero().flatten()
+        ranges.append((used[0].item(), used[-1].item()) if len(used) else None)
+        if len(used) and used[-1] - used[0] + 1 != len(used):
+            raise ValueError(f"view {view} serves {len(used)} timesteps of {ranges[-1]}, with others between them.")
+    return ranges
+
+
+def _outside(model: ConditionedDiTTransformer2DModel, view: int) -> torch.Tensor:
+    """Powers `(K,)` float64 on the CPU of the coefficients that a view does not see."""
+    power = model.spectrum.power.double().cpu()
+    rows, columns = model.view_size(view, *power.shape[-2:])
+    unseen = torch.ones(power.shape[-2:], dtype=torch.bool)
+    unseen[:rows, :columns] = False
+    return power[:, unseen].flatten()
+
+
+def price_of(model: ConditionedDiTTransformer2DModel) -> float:
+    """The most, in nats, that the views can cost an ideal denoiser against one of the full grid.
+
+    It is the integral over log-SNR of half the Wiener gains outside the view, 1/2 sum_k ln(1 + e^l S_k) between the
+    noise at the end of the schedule and the level where coefficient k is seen from on. It bounds what the views add to
+    the negative ELBO, and the divergence of exact stochastic sampling, for any data of that spectrum: by the I-MMSE
+    relation (Guo, Shamai, Verdu 2005, arXiv cs/0412108) errors inside and outside of the view integrate to
+    information, and what is left out is no less than nothing. Real losses are several times smaller.
+    """
+    log_snr = model.spectrum.log_snr.double().cpu()
+    ranges = timesteps_per_view(model)
+    total = 0.0
+    for view, timesteps in enumerate(ranges):
+        if view and timesteps:
+            noisy, clean = log_snr[timesteps[1]], log_snr[timesteps[0]]
+            logs = _outside(model, view).log()
+            gained = torch.nn.functional.softplus(clean + logs) - torch.nn.functional.softplus(noisy + logs)
+            total += gained.sum().item() / 2
+    return total
+
+
+def priced_switches(
+    model: ConditionedDiTTransformer2DModel, density: torch.Tensor, price_per_token: float
+) -> torch.Tensor:
+    """Switches that minimise the price in nats plus `price_per_token` times the mean number of tokens.
+
+    At each noise level the view is chosen by half its Wiener gains outside, integrated over the level's part of the
+    log-SNR axis, and its tokens times the level's share of `density`. A view that is chosen once is kept, or a coarser
+    one is, for all noisier levels, where the gains are smaller.
+
+    Args:
+        model: with views, and a spectrum that is set (its switches do not matter).
+        density: probability `(num_train_timesteps,)` of each timestep in training.
+        price_per_token: in nats, above 0.
+
+    Returns:
+        Log-SNR `(grid_views - 1,)`, for `set_spectrum`.
+    """
+    config = model.config
+    log_snr, density = model.spectrum.log_snr.double().cpu(), density.double().cpu()
+    widths = torch.zeros_like(log_snr)
+    steps = (log_snr[:-1] - log_snr[1:]) / 2
+    widths[:-1] += steps
+    widths[1:] += steps
+    costs = []
+    for view in range(config.grid_views):
+        size = model.view_size(view, config.sample_size, config.sample_size)[0]
+        tokens = (size // config.patch_size) ** 2
+        gains = torch.sigmoid(log_snr[:, None] + _outside(model, view).log()).sum(dim=1)  # (T,)
+        costs.append(gains / 2 * widths + price_per_token * density * tokens)
+    chosen = torch.stack(costs).argmin(dim=0)  # (T,)
+    switches = []
+    for view in range(1, config.grid_views):
+        levels = log_snr[chosen >= view]
+        switches.append(levels.max() if len(levels) else torch.tensor(-math.inf, dtype=torch.float64))
+    return torch.stack(switches).float()
