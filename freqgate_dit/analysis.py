@@ -113,6 +113,8 @@ def band_gain_table(
     if config.pooled_projection_dim:
         shape_of_text = (num_timesteps, config.pooled_projection_dim)
         arguments["pooled_projections"] = torch.zeros(shape_of_text, device=device, dtype=transformer.dtype)
+    # On the full grid at all of them: in one pass, and no gate depends on the view.
+    arguments["samples_per_view"] = num_timesteps, *[0] * (config.grid_views - 1)
     with transformer.inspect("modulation", "band") as recorder:
         transformer(torch.zeros(shape, device=device, dtype=transformer.dtype), timesteps.to(device), **arguments)
     low, high = [], []

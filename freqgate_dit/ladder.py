@@ -6,12 +6,16 @@ density of timesteps, and FLOPs, and computes switches by their price.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
+from diffusers.schedulers import SchedulerMixin
 
 from freqgate_dit.cost import flops_per_forward
 from freqgate_dit.transformer_freqgate_dit import ConditionedDiTTransformer2DModel
+
+
+SAMPLING_STEPS = 20  # the pipeline's own default
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,14 @@ class Ladder:
         rungs: a view each.
         price: at most so many nats are lost against ideal denoisers on the full grid (see `price_of`).
         dimensions: numbers of a sample, over which the price is spread.
+        sampling_flops: of a forward pass, on average over `SAMPLING_STEPS` steps of the pipeline's sampler; `None` if
+            there is none yet.
     """
 
     rungs: tuple[Rung, ...]
     price: float
     dimensions: int
+    sampling_flops: float | None = None
 
     @classmethod
     def of(cls, model: ConditionedDiTTransformer2DModel, density: torch.Tensor) -> "Ladder":
@@ -73,11 +80,18 @@ class Ladder:
         dimensions = config.in_channels * config.sample_size**2
         return cls(tuple(rungs), price_of(model), dimensions)
 
+    def sampled_by(self, model: ConditionedDiTTransformer2DModel, scheduler: SchedulerMixin) -> "Ladder":
+        """The ladder with the cost of sampling by a scheduler of the model's pipeline."""
+        scheduler = type(scheduler).from_config(scheduler.config)
+        scheduler.set_timesteps(SAMPLING_STEPS)
+        views = model.views_of(scheduler.timesteps.to(model.device, torch.float32)).tolist()
+        return replace(self, sampling_flops=sum(self.rungs[view].flops for view in views) / len(views))
+
     @classmethod
     def from_json(cls, values: dict) -> "Ladder":
         """Inverse of `to_json`."""
         rungs = [{**rung, "timesteps": rung["timesteps"] and tuple(rung["timesteps"])} for rung in values["rungs"]]
-        return cls(tuple(Rung(**rung) for rung in rungs), values["price"], values["dimensions"])
+        return cls(**{**values, "rungs": tuple(Rung(**rung) for rung in rungs)})
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -113,12 +127,17 @@ class Ladder:
         price = f"{'':16}price: at most {self.price:.0f} nats ({bits:.3f} bits per value) with ideal denoisers"
         return "\n".join([head, *lines, price])
 
+    def describe_briefly(self) -> str:
+        """In a line: what serves which noise."""
+        served = [rung for rung in self.rungs if rung.timesteps]
+        return "; ".join(f"{rung.tokens} tokens at t = {rung.timesteps[0]} to {rung.timesteps[1]}" for rung in served)
+
 
 def _served(rung: Rung) -> str:
     if rung.timesteps is None:
         return "never"
     first, last = rung.timesteps
-    return f"t = {first} to {last}, {rung.share:.1%} of the timesteps drawn"
+    return f"t = {first} to {last}, {rung.share:.1%} of the timesteps drawn in training"
 
 
 def timesteps_per_view(model: ConditionedDiTTransformer2DModel) -> list[tuple[int, int] | None]:

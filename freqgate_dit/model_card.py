@@ -238,9 +238,10 @@ class _Card:
         rows = [
             ("Class", f"{code(summary.class_name)} (`{summary.variant}`)"),
             ("Parameters", f"{summary.parameters / 1e6:.2f} M"),
-            ("Compute", f"{summary.flops / 1e9:.3g} GFLOPs per forward pass of one image"),
+            ("Compute", summary.compute),
             ("Size", f"{config['num_layers']} blocks, width {summary.width}, {config['num_attention_heads']} heads"),
             ("Tokens", f"{summary.tokens}, patches of {config['patch_size']} x {config['patch_size']}"),
+            ("Grids", summary.ladder.describe_briefly() if summary.ladder else ""),
             ("Other options", ", ".join(f"`{name}` {value}" for name, value in summary.options.items())),
             ("Images", summary.samples),
             ("Condition", summary.condition + dropout),

@@ -18,6 +18,7 @@ from freqgate_dit.evaluations import Evaluation
 from freqgate_dit.files import read_json
 from freqgate_dit.findings import FILE as FINDINGS
 from freqgate_dit.findings import Findings
+from freqgate_dit.ladder import Ladder
 from freqgate_dit.pipeline_folder import INDEX, refuse_other_pipeline, refuse_without_index
 from freqgate_dit.samplers import describe_sampler
 from freqgate_dit.transformer_freqgate_dit import VARIANTS
@@ -44,7 +45,8 @@ class PipelineSummary:
 
     Args:
         config: arguments of the transformer, with its class as `_class_name`.
-        parameters, flops: of the transformer; flops (2 per multiply-add) of a forward pass of one image.
+        parameters, flops: of the transformer; flops (2 per multiply-add) of a forward pass of one image, on the full
+            grid of a model with views.
         resolution: height and width in pixels of an image that the model was made for.
         vae, text_encoder: class names, or `None`.
         scheduler: arguments of the scheduler, with its class as `_class_name`.
@@ -94,6 +96,28 @@ class PipelineSummary:
     @property
     def tokens(self) -> int:
         return (self.config["sample_size"] // self.config["patch_size"]) ** 2
+
+    @property
+    def ladder(self) -> Ladder | None:
+        """Of a model with views, as its trainer has recorded it."""
+        values = (self.training or {}).get("ladder")
+        return Ladder.from_json(values) if values else None
+
+    @property
+    def mean_flops(self) -> float:
+        """Of a forward pass of one image, on average over the noise levels of its training."""
+        return self.ladder.mean_flops if self.ladder else self.flops
+
+    @property
+    def compute(self) -> str:
+        """What a forward pass of one image takes."""
+        full, ladder = f"{self.flops / 1e9:.3g} GFLOPs per forward pass of one image", self.ladder
+        if self.config.get("grid_views", 1) == 1:
+            return full
+        if ladder is None:
+            return f"{full} on the full grid (where its coarser grids are used is not recorded)"
+        sampling = f", {ladder.sampling_flops / 1e9:.3g} in sampling" if ladder.sampling_flops else ""
+        return f"{full} on the full grid; on average {ladder.mean_flops / 1e9:.3g} in training{sampling}"
 
     @property
     def is_text_conditional(self) -> bool:
@@ -177,8 +201,9 @@ class PipelineSummary:
             (
                 "size",
                 f"{config['num_layers']} blocks, width {self.width}, {config['num_attention_heads']} heads, patch "
-                f"{config['patch_size']} ({self.tokens} tokens), {self.flops / 1e9:.3g} GFLOPs per forward pass",
+                f"{config['patch_size']} ({self.tokens} tokens), {self.compute}",
             ),
+            *([("grids", self.ladder.describe_briefly())] if self.ladder else []),
             *(
                 [("options", ", ".join(f"{name} {value}" for name, value in self.options.items()))]
                 * bool(self.options)

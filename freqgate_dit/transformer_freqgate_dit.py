@@ -153,7 +153,7 @@ class DataSpectrum(nn.Module):
 
     def log_snr_at(self, timestep: torch.Tensor) -> torch.Tensor:
         """Log-SNR `(B,)` at `timestep (B,)`, which may be fractional."""
-        timestep = timestep.clamp(0, len(self.log_snr) - 1)
+        timestep = timestep.float().clamp(0, len(self.log_snr) - 1)
         below = timestep.long().clamp(max=max(0, len(self.log_snr) - 2))
         above = (below + 1).clamp(max=len(self.log_snr) - 1)
         return torch.lerp(self.log_snr[below], self.log_snr[above], timestep - below)
@@ -181,18 +181,21 @@ def low_pass_gains(index: torch.Tensor, cutoff: float) -> torch.Tensor:
     return torch.where(gains < 0.01, 0, gains)
 
 
-def dct_low_pass(rows: int, columns: int, cutoff: float, device=None, zoom: float = 1) -> tuple[torch.Tensor, ...]:
+def dct_low_pass(
+    rows: int, columns: int, cutoff: float, device=None, full_grid: tuple[int, int] | None = None
+) -> tuple[torch.Tensor, ...]:
     """The low-pass of a grid of tokens, for `apply_low_pass`.
 
     Args:
-        cutoff: as a fraction of Nyquist's frequency of a grid with `zoom` times as many tokens a side.
+        cutoff: as a fraction of Nyquist's frequency of the grid, or of the `full_grid`, if this one is coarser.
 
     Returns:
         The DCT's kept rows `(k, rows)` and columns `(l, columns)`, and their gains `(k, l)`; float32.
     """
-    gains = low_pass_gains(radial_index(rows, columns, device) / zoom, cutoff)
-    last = (cutoff + math.log(99) / 32) * zoom  # where the gain falls to 0.01
-    kept_rows, kept_columns = (min(n, math.ceil(n * last)) for n in (rows, columns))
+    full_grid = full_grid or (rows, columns)
+    gains = low_pass_gains(radial_index(*full_grid, device)[:rows, :columns], cutoff)
+    last = cutoff + math.log(99) / 32  # where the gain falls to 0.01
+    kept_rows, kept_columns = (min(n, math.ceil(full * last)) for n, full in zip((rows, columns), full_grid))
     return (
         dct_matrix(rows, device)[:kept_rows],
         dct_matrix(columns, device)[:kept_columns],
@@ -1102,7 +1105,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         config = self.config
         if not isinstance(config.grid_views, int) or config.grid_views < 1:
             raise ValueError(f"`grid_views` ({config.grid_views}) must be at least 1, the full grid alone.")
-        if not 0 <= config.grid_tolerance < 1:
+        if not isinstance(config.grid_tolerance, (int, float)) or not 0 <= config.grid_tolerance < 1:
             raise ValueError(f"`grid_tolerance` ({config.grid_tolerance}) must be in [0, 1): it bounds a Wiener gain.")
         if config.grid_views == 1:
             return
@@ -1122,8 +1125,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 f"1 on: use `grid_views` {most}, or a `sample_size` that is a multiple of `patch_size` x "
                 f"{2 ** (config.grid_views - 1)}."
             )
-        if config.band_basis == "random":
-            raise ValueError("`band_basis` 'random' has directions of one grid: it does not go with `grid_views`.")
+        if config.band_basis != "dct":
+            raise ValueError(
+                f"`band_basis` ({config.band_basis!r}) is made for one grid of tokens: with `grid_views` "
+                f"({config.grid_views}) use 'dct'."
+            )
 
     def initialize_weights(self, seed: int | None = None):
         """Initialise as DiT does: zero modulation and output, so that the untrained model predicts 0 everywhere.
@@ -1188,7 +1194,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         mean: torch.Tensor,
         power: torch.Tensor,
         alphas_cumprod: torch.Tensor,
-        switches: torch.Tensor | None = None,
+        switches: torch.Tensor | list[float] | None = None,
     ):
         """Tell a model with preconditioning or band gates what its data and noise are like, as the trainer does.
 
@@ -1199,8 +1205,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 sample_size)`. Power below a thousandth of its mean is raised to that, so that a coefficient that is
                 constant in the data does not make the gates degenerate.
             alphas_cumprod: the scheduler's, `(num_train_timesteps,)`, in (0, 1).
-            switches: of a model with views, log-SNR `(grid_views - 1,)` at and below which each coarser view is used,
-                falling from the finest on; minus infinity for never. By default those of `grid_tolerance`.
+            switches (`torch.Tensor` or list): of a model with views, log-SNR `(grid_views - 1,)` at and below which
+                each coarser view is used, falling from the finest on; minus infinity for never. By default those of
+                `grid_tolerance`.
 
         Raises:
             ValueError: for other shapes, values out of range, or a model that knows no spectrum.
@@ -1229,6 +1236,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         if switches is not None:
             if self.config.grid_views == 1:
                 raise ValueError("`switches` were given, but this model has no views: build it with `grid_views`.")
+            switches = torch.as_tensor(switches)
             self._check_shape("switches", switches, own.switches.shape)
             if switches.isnan().any() or (switches.diff() > 0).any():
                 raise ValueError(f"`switches` ({switches.tolist()}) must be log-SNRs that do not rise.")
@@ -1617,12 +1625,13 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
         if self.clock_embed is not None:
             nn.init.zeros_(self.clock_embed.weight)
 
-    def low_pass(self, rows: int, columns: int, device, full_rows: int | None = None) -> tuple[torch.Tensor, ...]:
-        """P_low of a grid of tokens, as `apply_low_pass` takes it; on a coarse view, where the full grid has
-        `full_rows`, it passes the same cycles per image."""
+    def low_pass(
+        self, rows: int, columns: int, device, full_grid: tuple[int, int] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """P_low of a grid of tokens, as `apply_low_pass` takes it; on a coarse view of the `full_grid` it passes the
+        same cycles per image."""
         if self.config.band_basis == "dct":
-            zoom = 1 if full_rows is None else full_rows / rows
-            return dct_low_pass(rows, columns, self.config.band_cutoff, device, zoom)
+            return dct_low_pass(rows, columns, self.config.band_cutoff, device, full_grid)
         if self.config.band_basis == "binomial":
             return binomial_low_pass(rows, columns, device)
         grid = self.config.sample_size // self.config.patch_size
@@ -1649,9 +1658,8 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
             clocks = self.clock_embed(self.band_clocks(known).to(hidden_states.dtype)).chunk(2, dim=-1)  # 2 of (B, D)
         if self.config.band_branches == "none":
             return clocks, None
-        patch_size, full_rows = self.config.patch_size, self.token_grid(hidden_states)[0]
-        rows, columns = (side // patch_size for side in self.view_size(view, *hidden_states.shape[-2:]))
-        return clocks, self.low_pass(rows, columns, hidden_states.device, full_rows)
+        grid = (side // self.config.patch_size for side in self.view_size(view, *hidden_states.shape[-2:]))
+        return clocks, self.low_pass(*grid, hidden_states.device, self.token_grid(hidden_states))
 
 
 # Short name, as configs and tables use it -> class.

@@ -383,10 +383,10 @@ def data_statistics(data: CachedLatents, num_samples: int = 4096, batch_size: in
     return statistics
 
 
-def estimated_statistics(images: LabelledImages, vae, flip: bool, device, num_images: int) -> SpectrumStatistics:
-    """Mean and power spectrum of images spread over the data set, encoded in memory: what a run that has not encoded
-    its data yet can know of them."""
-    count = min(num_images, len(images))
+def estimated_statistics(images: LabelledImages, vae, flip: bool, device) -> SpectrumStatistics:
+    """Mean and power spectrum of images spread over the data set, encoded in memory: what can be known of the data
+    before it is encoded."""
+    count = min(1024 if vae is None else 128, len(images))
     indices = [index * len(images) // count for index in range(count)]
     if vae is not None:
         vae.to(device)

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 import torch
 
 from freqgate_dit.cost import count_parameters, flops_per_forward
+from freqgate_dit.ladder import Ladder
+from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import TrainingRun
 from freqgate_dit.training.data import load_images
-from freqgate_dit.training.latents import load_vae, sample_shape
+from freqgate_dit.training.latents import estimated_statistics, load_vae, sample_shape
+from freqgate_dit.training.schedules import make_objective, make_scheduler, set_spectrum
 
 
 COUNTS = {"parameters": count_parameters, "flops": flops_per_forward}
@@ -25,17 +28,33 @@ class ModelSizes:
     """
 
     def __init__(self, config: TrainingRun):
-        images, _ = load_images(config.data, config.latents.cache_dir)
-        self.resolution = images.resolution
-        self.condition = load_condition(config.condition, images.class_names, torch.device("cpu")).model_arguments()
+        self.images, _ = load_images(config.data, config.latents.cache_dir)
+        self.resolution, names = self.images.resolution, self.images.class_names
+        self.condition = load_condition(config.condition, names, torch.device("cpu")).model_arguments()
         self.vae = load_vae(config.latents)
+        self.statistics: dict[bool, SpectrumStatistics] = {}
 
     def __call__(self, config: TrainingRun, names: Iterable[str] = tuple(COUNTS)) -> dict[str, int]:
         """{"parameters": number, "flops": of a forward pass of one image}, or those of `names`."""
         channels, side = sample_shape(self.vae, self.resolution, config.model.patch_size)
         with torch.device("meta"):
             model = config.model.build(channels, side, self.condition, config.objective)
-        return {name: COUNTS[name](model) for name in names}
+        counts = {name: COUNTS[name](model) for name in names}
+        if "flops" in counts and config.model.grid_views > 1:
+            counts["flops"] = self._mean_flops(config, channels, side)
+        return counts
+
+    def _mean_flops(self, config: TrainingRun, channels: int, side: int) -> float:
+        """Of a model with views, on average over the noise levels of its training."""
+        model = config.model.build(channels, side, self.condition, config.objective)
+        objective = make_objective(config.objective, make_scheduler(config.objective))
+        set_spectrum(model, self._statistics(config.data.horizontal_flip), objective, config.objective.grid_price)
+        return Ladder.of(model, objective.timestep_distribution().diff()).mean_flops
+
+    def _statistics(self, flip: bool) -> SpectrumStatistics:
+        if flip not in self.statistics:
+            self.statistics[flip] = estimated_statistics(self.images, self.vae, flip, torch.device("cpu"))
+        return self.statistics[flip]
 
 
 def size_cells(counts: dict, baseline: dict) -> tuple[str, str]:

@@ -115,7 +115,7 @@ def summarise(comparison, folders: dict[tuple[str, int], Path]) -> dict:
         arms[arm] = {
             "options": options,
             "parameters": model.parameters,
-            "flops": model.flops,
+            "flops": model.mean_flops,
             "images_per_second": float(np.median(measured.of(arm, "images_per_second"))),
             "loss": loss.tolist(),
             "loss_mean": loss[:, -1].mean(),

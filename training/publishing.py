@@ -13,6 +13,7 @@ from freqgate_dit import FreqGateDiTPipeline, __version__
 from freqgate_dit.analysis import mechanism_figures
 from freqgate_dit.files import replace_folder
 from freqgate_dit.findings import FILE as FINDINGS
+from freqgate_dit.ladder import Ladder
 from freqgate_dit.model_card import write_card
 from freqgate_dit.training.config import TrainingRun, is_local
 from freqgate_dit.training.data import BUILT_IN, LabelledImages
@@ -92,12 +93,14 @@ def training_summary(
     heldout_images: LabelledImages,
     progress: dict[str, int],
     validations: list[dict],
+    ladder: Ladder | None = None,
 ) -> dict:
     """What a run has done, for `training_summary.json`: numbers only that were counted or measured.
 
     Args:
         progress: "step", "total_steps" and "global_batch_size".
         validations: records of `validation.jsonl`.
+        ladder: of a model with views.
     """
     dataset, shared = config.data.dataset, config.shareable()
     built_in = dataset == BUILT_IN
@@ -110,6 +113,7 @@ def training_summary(
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "license": config.hub.license,
+        **({} if ladder is None else {"ladder": ladder.to_json()}),
         "data": {
             "name": shared.data.dataset,
             "hub_id": None if built_in or is_local(dataset) else dataset,

@@ -83,9 +83,6 @@ from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
 # Tokens up to which plain matrix products beat PyTorch's fused attention in training on a CPU, with its maps in memory
 # for the backward pass (benchmarks/cpu_attention.py).
 SHORT_SEQUENCE = 256
-# Images by whose spectrum a dry run knows where a model's views are used; with an autoencoder to encode them, and
-# without.
-ESTIMATED_BY = 128, 1024
 
 
 class Trainer:
@@ -231,11 +228,10 @@ class Trainer:
     def _estimate_ladder(self, images: LabelledImages):
         if self.config.model.grid_views == 1:
             return
-        count = min(len(images), ESTIMATED_BY[self.vae is None])
-        statistics = estimated_statistics(images, self.vae, self.config.data.horizontal_flip, self.device, count)
+        statistics = estimated_statistics(images, self.vae, self.config.data.horizontal_flip, self.device)
         set_spectrum(self.model, statistics, self.objective, self.config.objective.grid_price)
         self._make_shares()
-        self.print(f"{'':16}(by the spectrum of {count} images; a run measures it by up to 4,096)")
+        self.print(f"{'':16}(by the spectrum of {statistics.count} images; a run measures it by more of them)")
 
     def _make_shares(self):
         """Of a model with views: the ladder by the spectrum that it knows, and each view's share of a micro-batch."""
@@ -600,7 +596,8 @@ class Trainer:
         """The pipeline of this step, with its numbers, pictures and card."""
         progress = {"step": self.step, "total_steps": self.total_steps, "global_batch_size": self.global_batch_size}
         validations = self.logbook.validations.records()
-        summary = training_summary(self.config, self.accelerator, *self.data_sets, progress, validations)
+        ladder = self.ladder and self.ladder.sampled_by(self.model, self.sampler)
+        summary = training_summary(self.config, self.accelerator, *self.data_sets, progress, validations, ladder)
         previews = sorted((self.output_dir / "previews").glob("step_*.png"))
         pictures = {name: self.output_dir / name for name in ("loss.png", "validation.png")}
         pictures |= {"preview.png": previews[-1]} if previews else {}
