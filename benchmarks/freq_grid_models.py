@@ -6,7 +6,8 @@
     VARIANTS.update(CONTROLS)  # then the trainer knows them by `--variant NAME`
 
 They are adaLN-Zero models with `grid_views` above 1 and "wiener" preconditioning; the plain `adaln_zero` with these
-options is what they are compared with. Only sizes that divide into patches on every view are supported.
+options is what they are compared with. Only sizes that divide into patches on every view are supported. diffusers
+loads a pipeline with one of them in a process that has imported this module, and in no other.
 """
 
 import functools
@@ -14,6 +15,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_utils import (
+    ModelMixin,  # noqa: F401 (by which diffusers, looking into the module of a component, tells how to load it)
+)
 from torch import nn
 
 from freqgate_dit.transformer_freqgate_dit import (

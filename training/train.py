@@ -279,6 +279,12 @@ class Trainer:
                 f"  note: it was trained with mixed precision {before}, this machine goes on with {now}: say "
                 f"`--mixed_precision {before}` to go on as before"
             )
+        size, before = self.config.train.per_device_batch_size, state["config"]["per_device_batch_size"]
+        if self.config.model.grid_views > 1 and size != before:
+            self.print(
+                f"  note: it was trained with `per_device_batch_size` {before}. With {size} the views have other "
+                "shares of a batch, so noise levels will be others than there: as good, but not the same run"
+            )
         later = [path.name for path in checkpoint_folders(self.output_dir / "checkpoints") if path.name > name]
         if later:
             self.print(f"  the first save deletes what lies beyond it: {', '.join(later)}")
