@@ -157,6 +157,15 @@ def timesteps_per_view(model: ConditionedDiTTransformer2DModel) -> list[tuple[in
     return ranges
 
 
+def switch_sigmas(model: ConditionedDiTTransformer2DModel) -> list[float] | None:
+    """Noise levels (standard deviation over the signal's factor) below which the next finer view is used, for
+    `SpectralEulerDiscreteScheduler`; `None` for a model that is always on one."""
+    if model.config.grid_views == 1:
+        return None
+    sigmas = torch.exp(-model.spectrum.switches.double() / 2)
+    return sigmas[sigmas.isfinite()].tolist() or None
+
+
 def _outside(model: ConditionedDiTTransformer2DModel, view: int) -> torch.Tensor:
     """Powers `(K,)` float64 on the CPU of the coefficients that a view does not see."""
     power = model.spectrum.power.double().cpu()

@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 # Under these names, with an underscore before them, the arguments that only this class has stand in its config. Of a
 # public name another scheduler's `from_config` would warn, with all of its numbers; a private one it keeps in silence.
-OWN_ARGUMENTS = ("spectrum", "spectral_order", "use_spectral_sigmas", "temperature")
+OWN_ARGUMENTS = ("spectrum", "spectral_order", "use_spectral_sigmas", "temperature", "switch_sigmas")
 # Noise levels between which the way of the image is measured.
 LEVELS = 2000
 # Pieces of the integral over a step of second order.
@@ -99,6 +99,10 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         temperature (`float` or list, defaults to 1): factor on the variance of the result about the data's mean; a
             list has an entry per octave of frequency, from the lowest (below 1 cycle per image, 1 to 2, 2 to 4, ...),
             the last one for all above. Exact for Gaussian data.
+        switch_sigmas (`list[float]`, *optional*): noise levels below which the network is another one, as a model with
+            views (Freq-Grid) is on another grid of tokens. A second-order step that follows one extrapolates nothing:
+            F is taken for that of before down to the switch, and for that of now from there on. Without effect in
+            first order.
         **: the others are those of `EulerDiscreteScheduler`.
 
     Raises:
@@ -128,6 +132,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         spectral_order: int = 1,
         use_spectral_sigmas: bool = False,
         temperature: float | Sequence[float] = 1.0,
+        switch_sigmas: Sequence[float] | None = None,
     ):
         _check_spectrum(spectrum)
         if spectral_order not in (1, 2):
@@ -139,6 +144,8 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             )
         if not all(value > 0 for value in _as_list(temperature)) or not _as_list(temperature):
             raise ValueError(f"`temperature` ({temperature}) must be positive, for each octave.")
+        if not all(0 < sigma < math.inf for sigma in switch_sigmas or ()):
+            raise ValueError(f"`switch_sigmas` ({switch_sigmas}) must be positive and finite.")
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
@@ -163,6 +170,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             "spectral_order": spectral_order,
             "use_spectral_sigmas": use_spectral_sigmas,
             "temperature": temperature,
+            "switch_sigmas": None if switch_sigmas is None else list(switch_sigmas),
         }
         self.register_to_config(**{f"_{name}": own[name] for name in OWN_ARGUMENTS})
         self._least_sigma = self.sigmas[-2].item()
@@ -322,9 +330,18 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             wiener=power / spread**2,
             gain=spread / (sigma * root),
             angle=frequencies.angle(sigma, next_sigma),
-            ahead=self._extrapolation(frequencies, step) if follows else None,
+            ahead=self._ahead(frequencies, step) if follows else None,
             spread=next_spread,
         )
+
+    def _ahead(self, frequencies: "Frequencies", step: int) -> torch.Tensor | None:
+        """Weight of F's change since the last step."""
+        before, here = self.sigmas[step - 1 : step + 1].tolist()
+        crossed = [sigma for sigma in self.config._switch_sigmas or () if here < sigma <= before]
+        if crossed:
+            # The last step took its F down to here; from the switch on it should have been this one.
+            return frequencies.angle(max(crossed), here)
+        return self._extrapolation(frequencies, step)
 
     def _extrapolation(self, frequencies: "Frequencies", step: int) -> torch.Tensor | None:
         """Weight of F's change since the last step: (l_n - l) / max(dl_(n-1), dl_n / 2), integrated over phi.

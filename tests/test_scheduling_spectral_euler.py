@@ -245,6 +245,34 @@ def test_levels_below_the_least_noise_of_training_are_sampled(grid, mixture):
     assert run(scheduler, denoise, x).isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [3, 4, 7, 20])
+def test_a_network_that_changes_at_known_levels_is_followed_exactly(steps):
+    """With an F that is constant between switches, wherever the steps fall: w turns by phi times F."""
+    switches = [8.0, 0.4]
+    scheduler = spectral(spectral_order=2, use_spectral_sigmas=True, switch_sigmas=switches)
+    frequencies = scheduler.frequencies(8, 8)
+    power, frame = frequencies.power, frequencies.frame
+    answers = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def denoise(x, sigma):
+        answer = answers[sum(sigma < switch for switch in switches)]
+        deviation = frame.rows @ x @ frame.columns.T - frame.mean
+        spread = (power + sigma**2).sqrt()
+        original = power / spread**2 * deviation + sigma * frequencies.root / spread * answer
+        return frame.rows.T @ (frame.mean + original) @ frame.columns
+
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.tolist()
+    # Each change needs a step of its own to be noticed, and one after it.
+    assert len({sum(sigma < switch for switch in switches) for sigma in sigmas[:-1]}) == 3
+    x = noise(1, 2, 8, 8)
+    w = (frame.rows @ x @ frame.columns.T * sigmas[0] - frame.mean) / (power + sigmas[0] ** 2).sqrt()
+    for answer, start, stop in zip(answers, [sigmas[0], *switches], [*switches, 0.0]):
+        w = w + frequencies.angle(start, stop) * answer
+    expected = frame.rows.T @ (frame.mean + frequencies.root * w) @ frame.columns
+    torch.testing.assert_close(run(scheduler, denoise, x * sigmas[0], steps), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_after_a_step_that_was_left_out_the_first_order_is_taken(mixture):
     denoise, x, _ = mixture
     results = []
@@ -524,6 +552,7 @@ def test_temperature_is_the_variance_of_each_octave(way):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"switch_sigmas": [1.0, math.inf]}, r"`switch_sigmas` \(\[1.0, inf\]\)"),
         ({"spectrum": None}, "`spectrum` is missing: pass `spectrum=statistics.spectrum\\(\\)`"),
         ({"spectrum": {"height": 8, "power": [[1.0]]}}, r"lacks \['width', 'mean'\]"),
         ({"spectrum": {**SPECTRUM, "power": [[1.0, 0.0]] * 2}}, r"power 0.0 at \(0, 1\), which must be positive"),

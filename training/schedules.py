@@ -39,9 +39,13 @@ def make_scheduler(config: ObjectiveConfig) -> DDPMScheduler:
     return DDPMScheduler(**{name: getattr(config, name) for name in names})
 
 
-def make_sampling_scheduler(name: str, training: DDPMScheduler, spectrum: dict | None) -> SchedulerMixin:
-    """The sampler of that name (`freqgate_dit.samplers`) on the noise of `training`, for data with that spectrum."""
-    sampling = make_sampler(name, training.config, spectrum)
+def make_sampling_scheduler(
+    name: str, training: DDPMScheduler, spectrum: dict | None, switch_sigmas: list[float] | None = None
+) -> SchedulerMixin:
+    """The sampler of that name (`freqgate_dit.samplers`) on the noise of `training`, for data with that spectrum and a
+    model that changes its grid at `switch_sigmas`."""
+    config = {**training.config, **({"_switch_sigmas": switch_sigmas} if switch_sigmas else {})}
+    sampling = make_sampler(name, config, spectrum)
     if not torch.equal(training.alphas_cumprod, sampling.alphas_cumprod):
         raise RuntimeError(
             f"DDPMScheduler and {type(sampling).__name__} disagree on the noise schedule; please report it."

@@ -24,7 +24,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit.files import replace_file
 from freqgate_dit.hub import prepare_repository
-from freqgate_dit.ladder import Ladder
+from freqgate_dit.ladder import Ladder, switch_sigmas
 from freqgate_dit.losses import drop_labels
 from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training.batches import DROPOUT, Batches, derived_seed
@@ -313,7 +313,8 @@ class Trainer:
         )
         # Images that are all alike have no spectrum, which is an error only of a sampler that needs one.
         spectrum = statistics.spectrum() if statistics.power.any() else None
-        self.sampler = make_sampling_scheduler(config.sampling.sampler, self.objective.scheduler, spectrum)
+        name, training = config.sampling.sampler, self.objective.scheduler
+        self.sampler = make_sampling_scheduler(name, training, spectrum, switch_sigmas(self.model))
         self.batches = Batches(
             data, self.global_batch_size, config.train.seed, config.objective.stratified, self.shares
         )
