@@ -20,75 +20,41 @@ from output import print_table, write_result
 from samplers import Network
 from tqdm.auto import tqdm
 
-from freqgate_dit.ladder import timesteps_per_view
+from freqgate_dit.ladder import switch_sigmas, timesteps_per_view
 from freqgate_dit.samplers import configure
-from freqgate_dit.scheduling_spectral_euler import Frequencies, SpectralEulerDiscreteScheduler
+from freqgate_dit.scheduling_spectral_euler import SpectralEulerDiscreteScheduler
 from freqgate_dit.spectral import dct2, octave_bands, octave_labels
 from freqgate_dit.training.hardware import use_all_cores
 
 
-class SwitchingScheduler(SpectralEulerDiscreteScheduler):
-    """Second order, with another first step on a new view of `transformer`, which is set after construction."""
-
-    def _turn(self, frequencies, step, follows):
-        turn = super()._turn(frequencies, step, follows)
-        if turn.ahead is None:
-            return turn
-        # Noise falls along this way from the step before to this one.
-        shares = torch.linspace(0, 1, 1001, device=self.timesteps.device)
-        way = torch.lerp(*self.timesteps[step - 1 : step + 1], shares)
-        views = self.transformer.views_of(way)
-        if views[0] == views[-1]:
-            return turn
-        switch = way[views != views[0]][:1]
-        sigma = torch.exp(-self.transformer.spectrum.log_snr_at(switch) / 2).item()
-        return turn._replace(ahead=self.ahead(turn.ahead, views.max().item(), frequencies, sigma, step))
-
-    def ahead(self, usual: torch.Tensor, view: int, frequencies: Frequencies, sigma: float, step: int) -> torch.Tensor:
-        """Weight `(C, H, W)` of F's change since the step before, in a step after a switch.
-
-        Args:
-            usual: what extrapolates it as in all other steps.
-            view: the coarser of the two views.
-            sigma: noise level of the switch.
-        """
-        raise NotImplementedError
-
-
-class FirstOrderAfterSwitches(SwitchingScheduler):
+class FirstOrderAfterSwitches(SpectralEulerDiscreteScheduler):
     """Extrapolates nothing across a switch."""
 
-    def ahead(self, usual, view, frequencies, sigma, step):
-        return torch.zeros_like(usual)
+    def _ahead(self, frequencies, step):
+        return None if self._crossed_switch(step) else super()._ahead(frequencies, step)
 
 
-class FirstOrderInNewFrequencies(SwitchingScheduler):
+class FirstOrderInNewFrequencies(SpectralEulerDiscreteScheduler):
     """Extrapolates only the frequencies that both views have."""
 
-    def ahead(self, usual, view, frequencies, sigma, step):
-        rows, columns = self.transformer.view_size(view, *usual.shape[-2:])
-        common = torch.zeros_like(usual)
-        common[:, :rows, :columns] = 1
-        return common * usual
-
-
-class CorrectedAfterSwitches(SwitchingScheduler):
-    """Extrapolates nothing across a switch, and puts the new F in the place of the old one from there on.
-
-    The step before took the old F as far as this step's noise level; between the switch and there it should have been
-    the new one. As a step adds the angle times F, the rest of the angle times the difference mends it exactly.
-    """
-
-    def ahead(self, usual, view, frequencies, sigma, step):
-        return frequencies.angle(sigma, self.sigmas[step].item())
+    def _ahead(self, frequencies, step):
+        ahead = self._extrapolation(frequencies, step)
+        if ahead is not None and self._crossed_switch(step):
+            view = sum(self.sigmas[step - 1].item() >= sigma for sigma in self.config._switch_sigmas)
+            common = torch.zeros_like(ahead)
+            common[:, : ahead.shape[1] >> view, : ahead.shape[2] >> view] = 1
+            ahead = common * ahead
+        return ahead
 
 
 AS_IT_IS, CORRECTED = "second order", "corrected after switches"
+IGNORED = {**SECOND, "switch_sigmas": None}
+# By default the switches are those of the model.
 SAMPLERS = {
-    AS_IT_IS: (SpectralEulerDiscreteScheduler, SECOND),
+    AS_IT_IS: (SpectralEulerDiscreteScheduler, IGNORED),
     "first-order step after switches": (FirstOrderAfterSwitches, SECOND),
     "the same in new frequencies only": (FirstOrderInNewFrequencies, SECOND),
-    CORRECTED: (CorrectedAfterSwitches, SECOND),
+    CORRECTED: (SpectralEulerDiscreteScheduler, SECOND),
     "first order": (SpectralEulerDiscreteScheduler, {}),
 }
 # Fine solutions: sampler and steps. Errors are measured against the first; the others show how well it is known.
@@ -108,9 +74,8 @@ class Solver:
 
     def scheduler(self, name: str) -> SpectralEulerDiscreteScheduler:
         kind, arguments = SAMPLERS[name]
-        scheduler = configure(kind, self.network.config, **SPECTRAL_GRID, **arguments)
-        scheduler.transformer = self.transformer
-        return scheduler
+        known = {"switch_sigmas": switch_sigmas(self.transformer)}
+        return configure(kind, self.network.config, **{**SPECTRAL_GRID, **known, **arguments})
 
     def sample(self, name: str, steps: int, guidance_scale: float) -> torch.Tensor:
         """DCT coefficients `(samples, C, H, W)`, float64."""

@@ -336,12 +336,16 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
 
     def _ahead(self, frequencies: "Frequencies", step: int) -> torch.Tensor | None:
         """Weight of F's change since the last step."""
+        switch = self._crossed_switch(step)
+        if switch is None:
+            return self._extrapolation(frequencies, step)
+        # The last step took its F down to this level; from the switch on it should have been this one.
+        return frequencies.angle(switch, self.sigmas[step].item())
+
+    def _crossed_switch(self, step: int) -> float | None:
+        """The first of the switches that the last step has crossed."""
         before, here = self.sigmas[step - 1 : step + 1].tolist()
-        crossed = [sigma for sigma in self.config._switch_sigmas or () if here < sigma <= before]
-        if crossed:
-            # The last step took its F down to here; from the switch on it should have been this one.
-            return frequencies.angle(max(crossed), here)
-        return self._extrapolation(frequencies, step)
+        return max((sigma for sigma in self.config._switch_sigmas or () if here < sigma <= before), default=None)
 
     def _extrapolation(self, frequencies: "Frequencies", step: int) -> torch.Tensor | None:
         """Weight of F's change since the last step: (l_n - l) / max(dl_(n-1), dl_n / 2), integrated over phi.

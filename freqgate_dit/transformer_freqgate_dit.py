@@ -1371,11 +1371,12 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
 
     def known_of(self, hidden_states: torch.Tensor, timestep):
         """What is known of the data at this noise level and size: log-SNR, mean and power (see `DataSpectrum`); `None`
-        for a model without a spectrum."""
+        for a model without a spectrum. The log-SNR is `(1, 1, 1, 1)` where all samples have one timestep."""
         if self.spectrum is None:
             return None
         timestep = torch.as_tensor(timestep, device=hidden_states.device).to(torch.float32)
-        return self.spectrum(timestep.expand(hidden_states.shape[0]), *hidden_states.shape[-2:])
+        is_one = timestep.ndim == 0 or timestep.stride(0) == 0  # a number, or what `expand_timestep` makes of one
+        return self.spectrum(timestep.flatten()[:1] if is_one else timestep, *hidden_states.shape[-2:])
 
     def precondition(self, hidden_states: torch.Tensor, known: tuple[torch.Tensor, ...], view: int = 0):
         """The network's input, and how its output becomes the prediction (see `SpectralPreconditioner`)."""
