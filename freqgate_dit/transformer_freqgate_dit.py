@@ -891,8 +891,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             transformer may work on: the full grid of tokens, and from 2 on half of it, a quarter, ... Each has its own
             input and output projection, the blocks are shared. Where noise hides the frequencies that a coarser view
             lacks, it is used, and the Wiener filter predicts the rest.
-        grid_tolerance (`float`, defaults to `0.05`): a view is used where no coefficient outside of it has a Wiener
-            gain above this. (Switches of another rule can be given to `set_spectrum`.) 0 is the full grid always.
+        grid_tolerance (`float`, defaults to `0.05`): a view is used where no frequency that it lacks has a Wiener gain
+            above this. (Switches of another rule can be given to `set_spectrum`.) 0 is the full grid always.
     """
 
     _supports_gradient_checkpointing = True
@@ -1247,16 +1247,22 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             own.switches.copy_(self._tolerated_switches() if switches is None else switches)
 
     def _tolerated_switches(self) -> torch.Tensor:
-        """Log-SNR `(grid_views - 1,)` below which no gain outside of each coarser view exceeds `grid_tolerance`."""
+        """Log-SNR `(grid_views - 1,)` below which the Wiener gain of no frequency that a coarser view lacks exceeds
+        `grid_tolerance`.
+
+        A frequency is a ring of coefficients, of mean power: a few striped images can make one coefficient a hundred
+        times as strong as its neighbours, and would keep all images on the full grid.
+        """
         power, tolerance = self.spectrum.power, self.config.grid_tolerance
+        size = power.shape[-1]
+        index = torch.arange(size, device=power.device)
+        ring = torch.hypot(index[:, None].float(), index.float()).add(0.5).long().flatten()
+        rings = (
+            power.new_zeros(len(power), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1)) / ring.bincount()
+        )
         limit = math.log(tolerance) - math.log1p(-tolerance) if tolerance else -math.inf
-        switches = []
-        for view in range(1, self.config.grid_views):
-            rows, columns = self.view_size(view, *power.shape[-2:])
-            outside = torch.ones(power.shape[-2:], dtype=torch.bool, device=power.device)
-            outside[:rows, :columns] = False
-            switches.append(limit - power[:, outside].max().log())
-        return torch.stack(switches)
+        first = (self.view_size(view, size, size)[0] for view in range(1, self.config.grid_views))
+        return torch.stack([limit - rings[:, ring:].max().log() for ring in first])
 
     def add_parts(self, dim: int):
         """What a variant has beyond its blocks, built before the weights are initialised."""

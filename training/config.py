@@ -94,7 +94,7 @@ class ModelConfig:
         "Freq-Grid, with preconditioning wiener: grids of tokens to work on, the full one, and from 2 on half of it, "
         "a quarter, ..., where noise hides the frequencies that they lack.",
     )
-    grid_tolerance: float = knob(0.05, "A coarser grid is used where no Wiener gain beyond it is above this.")
+    grid_tolerance: float = knob(0.05, "A coarser grid is used where no frequency beyond it has a larger Wiener gain.")
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)
