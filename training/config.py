@@ -227,11 +227,12 @@ class TrainConfig:
     num_epochs: int | None = knob(None, "Passes over the data; set this or max_steps.")
     per_device_batch_size: int = knob(96, "Images per process and forward pass.")
     gradient_accumulation_steps: int = knob(1, "Forward passes per optimiser step.")
-    learning_rate: float = knob(1e-4, "Peak learning rate of AdamW.")
+    optimizer: str = knob("adamw", "adamw, or muon: Muon for the matrices of attention and MLP, AdamW for the rest.")
+    learning_rate: float = knob(1e-4, "Peak learning rate.")
     lr_schedule: str = knob("constant", "After warm-up: constant, or cosine or linear decay to 0.")
     warmup_steps: int = knob(0, "Optimiser steps of linear warm-up.")
     adam_beta2: float = knob(0.999, "Second moment decay of AdamW.")
-    weight_decay: float = knob(0.01, "Decoupled weight decay of AdamW, on matrices and vectors alike.")
+    weight_decay: float = knob(0.01, "Decoupled weight decay, on matrices and vectors alike.")
     max_grad_norm: float = knob(1.0, "Gradient norm is clipped to this.")
     ema: list[str] = knob(
         ["power:0.1", "power:0.05"],
@@ -279,6 +280,7 @@ class TrainConfig:
                 "say how long to train, by exactly one of `--max_steps N` and `--num_epochs N` (now "
                 f"`max_steps` {self.max_steps}, `num_epochs` {self.num_epochs})."
             )
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("lr_schedule", self.lr_schedule, ("constant", "cosine", "linear"))
         check_choice("mixed_precision", self.mixed_precision, ("auto", "bf16", "no"))
         check_range(

@@ -13,7 +13,7 @@ class UpdateGuard:
     weights, moments and the optimiser's own counters as they were.
 
     Args:
-        optimizer: a fused `torch.optim.AdamW`.
+        optimizer: one of `make_optimizer`.
         device: where its parameters lie.
         patience: skipped steps in a row after which the run is lost.
     """

@@ -15,8 +15,8 @@ def refuse_other_run(
 ):
     """Raise if going on with the checkpoint `name` of `state` under `config` would not be the run that it is of.
 
-    Data, model, condition, objective, autoencoder, averages and seed have to be the same; the rest (length, learning
-    rate, what is done how often, batch size per device) may change, and files may have moved.
+    Data, model, condition, objective, autoencoder, averages, optimiser and seed have to be the same; the rest (length,
+    learning rate, what is done how often, batch size per device) may change, and files may have moved.
 
     Args:
         config: of the run that would go on.
@@ -31,7 +31,7 @@ def refuse_other_run(
     fixed = [field.name for section in FIXED_SECTIONS for field in dataclasses.fields(getattr(config, section))]
     now, then = config.to_dict(), state["config"]
     defaults = default_values()
-    for knob in (*(knob for knob in fixed if knob not in BY_CONTENT), "ema", "seed"):
+    for knob in (*(knob for knob in fixed if knob not in BY_CONTENT), "ema", "seed", "optimizer"):
         # An option that is younger than the checkpoint had its default then.
         before = then.get(knob, defaults[knob])
         if before != now[knob]:

@@ -59,6 +59,7 @@ from freqgate_dit.training.latents import (
 )
 from freqgate_dit.training.launching import resume_command, start_accelerator
 from freqgate_dit.training.logbook import Logbook
+from freqgate_dit.training.optimizers import make_optimizer
 from freqgate_dit.training.posthoc_ema import save_snapshot
 from freqgate_dit.training.preflight import check_disk, gib, run_bytes
 from freqgate_dit.training.previews import preview_grid
@@ -124,13 +125,7 @@ class Trainer:
         self.step = 0
         self.fingerprints = self._fingerprints(images, heldout_images)
         self.averages = WeightAverages(self.model, train.ema)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=train.learning_rate,
-            betas=(0.9, train.adam_beta2),
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.model, train)
         self.guard = UpdateGuard(self.optimizer, self.device, train.max_skipped_steps)
         if self.checkpoint is not None:
             self._resume()
