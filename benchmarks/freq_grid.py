@@ -1,8 +1,8 @@
 """The ablation of Freq-Grid, planned in results/EXPERIMENTS.md (9): arms at equal computation and at equal images.
 And what the recipe for real images is chosen from (10), with `--arms` recipe_base, ... and `--budget 30e12`.
 
-    python benchmarks/freq_grid.py --data cats64 --data_dir ../shared/data --out runs/freq_grid       # trains
-    python benchmarks/freq_grid.py --data cats64 --data_dir ../shared/data --out runs/freq_grid --report results
+    python benchmarks/freq_grid.py --data cats64 --data_dir ../shared/data --out runs/freq_grid
+    python benchmarks/freq_grid_report.py --runs runs/freq_grid/cats64 --out results/freq_grid_cats64
 
 Every run is one of training/train.py's `Trainer`, on one thread, in bf16. An arm's steps are the budget over its FLOPs
 per step: of "equal computation" all have BUDGET, of "equal images" (arms with `_images`) as many steps as the full
@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +24,17 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
 from freq_grid_models import CONTROLS
 
+import freqgate_dit
+import freqgate_dit.training
 from freqgate_dit import __version__
+from freqgate_dit.cost import flops_per_forward
 from freqgate_dit.files import digest_of_sources, read_json_lines, write_text
+from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import TrainingRun, parse_config
+from freqgate_dit.training.data import load_images
 from freqgate_dit.training.latents import LatentCache
 from freqgate_dit.training.schedules import learning_rate
 from freqgate_dit.training.train import Trainer
@@ -169,8 +174,6 @@ class Run(Trainer):
 
 def flops_of_step(trainer: Trainer) -> float:
     """FLOPs of matrix products in an optimiser step: three times those of a forward pass."""
-    from freqgate_dit.cost import flops_per_forward
-
     model, size = trainer.model, trainer.global_batch_size
     counts = [size] if trainer.shares is None else trainer.shares.counts
     return 3 * sum(count * flops_per_forward(model, view) for view, count in enumerate(counts))
@@ -234,10 +237,6 @@ def held_out(trainer: Trainer, denoise) -> dict:
 def steps_of_full_grid(name: str, options: argparse.Namespace) -> int:
     """Steps of the full grid within the budget, without training it."""
     config = parse_config(words(name, "full_grid", 0, options, options.out / "none", max_steps=1))
-    from freqgate_dit.cost import flops_per_forward
-    from freqgate_dit.training.conditions import load_condition
-    from freqgate_dit.training.data import load_images
-
     images, _ = load_images(config.data, config.latents.cache_dir)
     condition = load_condition(config.condition, images.class_names, "cpu").model_arguments()
     with torch.device("meta"):
@@ -251,8 +250,6 @@ def train_diffusers(name: str, seed: int, options: argparse.Namespace, folder: P
     Data, order, noise, timesteps, learning rates, average and validation are those of the trainer's run, which is set
     up for them and not trained.
     """
-    from diffusers.training_utils import EMAModel
-
     reset()
     trainer = Run(parse_config(words(name, "full_grid", seed, options, folder, max_steps=1)), options.budget)
     config, objective = trainer.model.config, trainer.objective
@@ -268,6 +265,8 @@ def train_diffusers(name: str, seed: int, options: argparse.Namespace, folder: P
         patch_size=config.patch_size,
         num_embeds_ada_norm=classes,
     )
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0  # it drops labels by itself, in each block others
     steps = trainer.total_steps  # at equal FLOPs of the full grid: the two differ by embedders alone
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
     average = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
@@ -365,7 +364,7 @@ def run_one(name: str, arm: str, seed: int, options: argparse.Namespace) -> bool
         "seed": seed,
         "budget": options.budget,
         "seconds_in_all": time.time() - start,
-        "code": digest_of_sources(Path(sys.modules["freqgate_dit"].__file__).parent),
+        "code": CODE,
         "versions": {"freqgate_dit": __version__, "torch": torch.__version__},
         "machine": platform.machine(),
     }
@@ -374,6 +373,7 @@ def run_one(name: str, arm: str, seed: int, options: argparse.Namespace) -> bool
 
 
 START = time.time()
+CODE = digest_of_sources(Path(freqgate_dit.__file__).parent, Path(freqgate_dit.training.__file__).parent)
 
 
 def main():

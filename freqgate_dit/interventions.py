@@ -150,6 +150,9 @@ def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, lab
         raise ValueError(f"`path` ({path!r}): this {type(transformer).__name__} has no such path.")
     conditions = {}  # of this forward pass: what it was given, and what goes into the path
 
+    def now(name: str) -> torch.Tensor:  # of the samples that are going through the blocks
+        return conditions[name][transformer.rows_of_pass]
+
     def embed(module, args, kwargs):
         given = _inputs(args, kwargs)["class_labels"]
         dtype = transformer.dtype
@@ -158,9 +161,9 @@ def labels_in_path(transformer: ConditionedDiTTransformer2DModel, path: str, lab
 
     def exchange(module, args):
         if path == "output":  # it sees the sum of time and condition
-            return (args[0] - conditions["given"] + conditions["other"],)
+            return (args[0] - now("given") + now("other"),)
         views_silu = isinstance(transformer, FreqGateDiTTransformer2DModel)
-        return (F.silu(conditions["other"]) if views_silu else conditions["other"],)
+        return (F.silu(now("other")) if views_silu else now("other"),)
 
     handles = [transformer.register_forward_pre_hook(embed, with_kwargs=True)]
     with hooked(handles + [module.register_forward_pre_hook(exchange) for module in modules]):
@@ -275,10 +278,11 @@ def _band_gate_handles(transformer: BandGateDiTTransformer2DModel, change: str, 
             now["all"] = time_part(steps)
 
     def at_mirrored(module, args):
-        return (args[0] - now["given"] + now["mirrored"],)
+        rows = transformer.rows_of_pass
+        return (args[0] - now["given"][rows] + now["mirrored"][rows],)
 
     def mean_over_time(module, args, output):
-        drive = (args[0] - now["given"])[:, None] + now["all"]  # (B, T, D)
+        drive = (args[0] - now["given"][transformer.rows_of_pass])[:, None] + now["all"]  # (B, T, D)
         gates = module.forward(drive.flatten(0, 1))  # (B * T, 1, k * D)
         return gates.unflatten(0, drive.shape[:2]).mean(1)
 
@@ -312,7 +316,7 @@ def _freq_gate_handles(transformer: FreqGateDiTTransformer2DModel, change: str, 
                 return output[..., orders[index].to(output.device)]
             if change == "random":
                 return torch.rand(output.shape[-1], generator=_fixed(index)).to(output).expand_as(output)
-            return table[now["mirrored"].round().long(), index].to(output)
+            return table[now["mirrored"][transformer.rows_of_pass].round().long(), index].to(output)
 
         return replace
 

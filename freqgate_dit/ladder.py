@@ -6,6 +6,7 @@ density of timesteps, and FLOPs, and computes switches by their price.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -89,9 +90,19 @@ class Ladder:
 
     @classmethod
     def from_json(cls, values: dict) -> "Ladder":
-        """Inverse of `to_json`."""
-        rungs = [{**rung, "timesteps": rung["timesteps"] and tuple(rung["timesteps"])} for rung in values["rungs"]]
-        return cls(**{**values, "rungs": tuple(Rung(**rung) for rung in rungs)})
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: for values that are of another version.
+        """
+        try:
+            rungs = [{**rung, "timesteps": rung["timesteps"] and tuple(rung["timesteps"])} for rung in values["rungs"]]
+            return cls(**{**values, "rungs": tuple(Rung(**rung) for rung in rungs)})
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"`ladder` in training_summary.json is not one of this version of the package ({error}): update the "
+                "package, or remove the entry."
+            ) from error
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -105,6 +116,10 @@ class Ladder:
         """Of a forward pass, over the density of timesteps."""
         return sum(rung.share * rung.flops for rung in self.rungs)
 
+    def flops_of(self, counts: Sequence[int]) -> float:
+        """Of a forward pass, over a batch with so many samples on each view."""
+        return sum(count * rung.flops for count, rung in zip(counts, self.rungs, strict=True)) / sum(counts)
+
     @property
     def has_switch(self) -> bool:
         """Whether a coarser view is ever used."""
@@ -115,8 +130,8 @@ class Ladder:
         full = self.rungs[0]
         if not self.has_switch:
             return (
-                "Freq-Grid       no switch: at no noise level of this schedule does noise hide the frequencies that a "
-                "coarser grid lacks; the full grid is used always"
+                "Freq-Grid       no switch: by this rule, noise hides at no level of the schedule what a coarser grid "
+                "lacks; the full grid is used always"
             )
         head = (
             f"Freq-Grid       {self.mean_tokens:.1f} of {full.tokens} tokens on average in training, "
@@ -124,7 +139,7 @@ class Ladder:
         )
         lines = [f"{'':16}{rung.size:4d} px, {rung.tokens:4d} tokens: {_served(rung)}" for rung in self.rungs]
         bits = self.price / self.dimensions / math.log(2)
-        price = f"{'':16}price: at most {self.price:.0f} nats ({bits:.3f} bits per value) with ideal denoisers"
+        price = f"{'':16}price: at most {self.price:.3g} nats ({bits:.3f} bits per value) with ideal denoisers"
         return "\n".join([head, *lines, price])
 
     def describe_briefly(self) -> str:
@@ -162,13 +177,13 @@ def switch_sigmas(model: ConditionedDiTTransformer2DModel) -> list[float] | None
     `SpectralEulerDiscreteScheduler`; `None` for a model that is always on one."""
     if model.config.grid_views == 1:
         return None
-    sigmas = torch.exp(-model.spectrum.switches.double() / 2)
+    sigmas = torch.exp(-model.spectrum.switches.cpu().double() / 2)
     return sigmas[sigmas.isfinite()].tolist() or None
 
 
 def _outside(model: ConditionedDiTTransformer2DModel, view: int) -> torch.Tensor:
     """Powers `(K,)` float64 on the CPU of the coefficients that a view does not see."""
-    power = model.spectrum.power.double().cpu()
+    power = model.spectrum.power.cpu().double()  # some devices have no float64
     rows, columns = model.view_size(view, *power.shape[-2:])
     unseen = torch.ones(power.shape[-2:], dtype=torch.bool)
     unseen[:rows, :columns] = False
@@ -184,12 +199,13 @@ def price_of(model: ConditionedDiTTransformer2DModel) -> float:
     relation (Guo, Shamai, Verdu 2005, arXiv cs/0412108) errors inside and outside of the view integrate to
     information, and what is left out is no less than nothing. Real losses are several times smaller.
     """
-    log_snr = model.spectrum.log_snr.double().cpu()
-    ranges = timesteps_per_view(model)
+    log_snr = model.spectrum.log_snr.cpu().double()
     total = 0.0
-    for view, timesteps in enumerate(ranges):
+    for view, timesteps in enumerate(timesteps_per_view(model)):
         if view and timesteps:
-            noisy, clean = log_snr[timesteps[1]], log_snr[timesteps[0]]
+            first, last = timesteps
+            # Between the timesteps of two views the coarser one counts, as fractional ones may be on it.
+            noisy, clean = log_snr[last], log_snr[max(first - 1, 0)]
             logs = _outside(model, view).log()
             gained = torch.nn.functional.softplus(clean + logs) - torch.nn.functional.softplus(noisy + logs)
             total += gained.sum().item() / 2
@@ -199,11 +215,11 @@ def price_of(model: ConditionedDiTTransformer2DModel) -> float:
 def priced_switches(
     model: ConditionedDiTTransformer2DModel, density: torch.Tensor, price_per_token: float
 ) -> torch.Tensor:
-    """Switches that minimise the price in nats plus `price_per_token` times the mean number of tokens.
+    """Switches of the least price in nats plus `price_per_token` times the mean number of tokens.
 
-    At each noise level the view is chosen by half its Wiener gains outside, integrated over the level's part of the
-    log-SNR axis, and its tokens times the level's share of `density`. A view that is chosen once is kept, or a coarser
-    one is, for all noisier levels, where the gains are smaller.
+    At each noise level a view costs half its Wiener gains outside, integrated over the level's part of the log-SNR
+    axis, and its tokens times the level's share of `density`. Each view serves timesteps that follow each other, from
+    the full grid at the clean end to the coarsest.
 
     Args:
         model: with views, and a spectrum that is set (its switches do not matter).
@@ -214,7 +230,7 @@ def priced_switches(
         Log-SNR `(grid_views - 1,)`, for `set_spectrum`.
     """
     config = model.config
-    log_snr, density = model.spectrum.log_snr.double().cpu(), density.double().cpu()
+    log_snr, density = model.spectrum.log_snr.cpu().double(), density.cpu().double()
     widths = torch.zeros_like(log_snr)
     steps = (log_snr[:-1] - log_snr[1:]) / 2
     widths[:-1] += steps
@@ -225,9 +241,24 @@ def priced_switches(
         tokens = (size // config.patch_size) ** 2
         gains = torch.sigmoid(log_snr[:, None] + _outside(model, view).log()).sum(dim=1)  # (T,)
         costs.append(gains / 2 * widths + price_per_token * density * tokens)
-    chosen = torch.stack(costs).argmin(dim=0)  # (T,)
-    switches = []
-    for view in range(1, config.grid_views):
-        levels = log_snr[chosen >= view]
-        switches.append(levels.max() if len(levels) else torch.tensor(-math.inf, dtype=torch.float64))
-    return torch.stack(switches).float()
+    # Halfway between two timesteps, so that no rounding decides on which side one is.
+    edges = torch.cat([log_snr[:1] + 1, (log_snr[1:] + log_snr[:-1]) / 2, torch.tensor([-math.inf])])
+    return torch.stack([edges[first] for first in _cheapest_ranges(costs)]).float()
+
+
+def _cheapest_ranges(costs: list[torch.Tensor]) -> list[int]:
+    """The first timestep of each view but the full grid for the least sum of costs `(T,)` of views in this order."""
+    # least[t]: of all timesteps below t, by the views so far.
+    least = torch.nn.functional.pad(costs[0].cumsum(0), (1, 0))
+    starts = []
+    for cost in costs[1:]:
+        below = torch.nn.functional.pad(cost.cumsum(0), (1, 0))
+        # From t' on this view: least[t'] + below[t] - below[t'], for the best t' up to each t.
+        best, start = (least - below).cummin(0)
+        least = best + below
+        starts.append(start)
+    firsts, end = [], len(costs[0])
+    for start in reversed(starts):
+        end = start[end].item()
+        firsts.append(end)
+    return firsts[::-1]

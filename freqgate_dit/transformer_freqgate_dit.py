@@ -14,6 +14,7 @@ conditioning; the Freq-Gate-adaLN block is described in `FreqGateDiTBlock`.
 
 import math
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -333,7 +334,7 @@ class SpectralPreconditioner(nn.Module):
         gain, rest = torch.sigmoid(logit), torch.sigmoid(-logit)
         z = dct2(noisy) - a * mean
         rows, columns = view_size or noisy.shape[-2:]
-        seen = gain[..., :rows, :columns]  # all of it on the full grid
+        seen = gain if gain.shape[-2:] == (rows, columns) else gain[..., :rows, :columns]
         inputs, coefficients = noisy, None
         if self.at in ("both", "input"):
             shown = seen + 0.02
@@ -748,8 +749,8 @@ class BandGateDiTBlock(AdaLNZeroDiTBlock):
 
 @dataclass
 class Record:
-    """One observed tensor, on the CPU: `kind` is "attention" or in `inspectable`, `call` counts passes through the
-    blocks. (A batch whose samples are on several views takes a pass for each of them.)"""
+    """One observed tensor, on the CPU: `kind` is "attention" or in `inspectable`, `call` counts forward passes. (One
+    whose samples are on several views has a record for each of these groups.)"""
 
     kind: str
     block: int
@@ -771,11 +772,11 @@ class Recorder:
     _bytes: int = 0
     _timestep: torch.Tensor | None = None
 
-    def start_call(self, timestep: torch.Tensor):
+    def start_call(self, timestep, batch_size: int):
         self._call += 1
-        self._timestep = timestep.detach().cpu()
+        self._timestep = torch.as_tensor(timestep).detach().float().cpu().expand(batch_size)
 
-    def add(self, kind: str, block: int, value: torch.Tensor):
+    def add(self, kind: str, block: int, value: torch.Tensor, rows: slice | torch.Tensor = slice(None)):
         size = value.numel() * value.element_size()
         if self.truncated or self._bytes + size > self.max_bytes:
             if not self.truncated:
@@ -785,7 +786,8 @@ class Recorder:
             self.truncated = True
             return
         self._bytes += size
-        self.records.append(Record(kind, block, self._call, self._timestep, value.detach().to("cpu", copy=True)))
+        timestep = self._timestep[rows if isinstance(rows, slice) else rows.cpu()]
+        self.records.append(Record(kind, block, self._call, timestep, value.detach().to("cpu", copy=True)))
 
     def select(self, kind: str, block: int | None = None) -> list[Record]:
         """The records of one kind (and block), in the order in which they were made.
@@ -803,16 +805,15 @@ class Recorder:
 class _AttentionMapProcessor:
     """Runs the wrapped processor unchanged and, beside it, computes the attention map for the recorder."""
 
-    def __init__(self, processor, recorder: Recorder, block: int):
+    def __init__(self, processor, add: Callable[[torch.Tensor], None]):
         self.processor = processor
-        self.recorder = recorder
-        self.block = block
+        self.add = add
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, image_rotary_emb=None):
         with torch.no_grad():
             query, key, _ = attn.project(hidden_states, encoder_hidden_states, image_rotary_emb)
             scores = torch.einsum("bnhd,bmhd->bhnm", query.float(), key.float()) / math.sqrt(attn.head_dim)
-            self.recorder.add("attention", self.block, scores.softmax(dim=-1))
+            self.add(scores.softmax(dim=-1))
         return self.processor(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
 
 
@@ -890,9 +891,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         grid_views (`int`, defaults to `1`): Freq-Grid, with "wiener" preconditioning. The views of the image that the
             transformer may work on: the full grid of tokens, and from 2 on half of it, a quarter, ... Each has its own
             input and output projection, the blocks are shared. Where noise hides the frequencies that a coarser view
-            lacks, it is used, and the Wiener filter predicts the rest.
-        grid_tolerance (`float`, defaults to `0.05`): a view is used where no frequency that it lacks has a Wiener gain
-            above this. (Switches of another rule can be given to `set_spectrum`.) 0 is the full grid always.
+            lacks, it is used, and the Wiener filter predicts the rest. Samples of another size switch at the same
+            noise levels, which are about cycles per pixel.
+        grid_tolerance (`float`, defaults to `0.03`): a view is used where no frequency that it lacks, a ring of
+            coefficients, has a Wiener gain above this for its mean power. (Switches of another rule can be given to
+            `set_spectrum`.) 0 is the full grid always.
     """
 
     _supports_gradient_checkpointing = True
@@ -955,7 +958,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         prediction_type: str | None = None,
         num_train_timesteps: int = 1000,
         grid_views: int = 1,
-        grid_tolerance: float = 0.05,
+        grid_tolerance: float = 0.03,
     ):
         super().__init__()
         self._check_arguments()
@@ -1010,6 +1013,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
 
         self.add_parts(dim)
         self.gradient_checkpointing = False
+        # Which samples of a batch are going through the blocks, for hooks: by default all, on several views a group.
+        self.rows_of_pass: slice | torch.Tensor = slice(None)
         self.initialize_weights()
 
     def _check_arguments(self):
@@ -1110,10 +1115,14 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         if config.grid_views == 1:
             return
         if config.preconditioning != "wiener" or config.preconditioning_at != "both":
+            name, wanted = (
+                ("preconditioning", "wiener")
+                if config.preconditioning_at == "both"
+                else ("preconditioning_at", "both")
+            )
             raise ValueError(
                 f"`grid_views` ({config.grid_views}) needs the Wiener filter for what a coarse view does not see: set "
-                f"`preconditioning` ({config.preconditioning!r}) to 'wiener' and `preconditioning_at` "
-                f"({config.preconditioning_at!r}) to 'both', or `grid_views` to 1."
+                f"`{name}` ({config[name]!r}) to {wanted!r}, or `grid_views` to 1."
             )
         tokens = config.sample_size / config.patch_size
         if tokens % 2 ** (config.grid_views - 1):
@@ -1122,8 +1131,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             raise ValueError(
                 f"`grid_views` ({config.grid_views}): samples of {config.sample_size} in patches of "
                 f"{config.patch_size} would make views of {sizes} tokens a side, which must all be whole numbers from "
-                f"1 on: use `grid_views` {most}, or a `sample_size` that is a multiple of `patch_size` x "
-                f"{2 ** (config.grid_views - 1)}."
+                f"1 on: use `grid_views` {most}, or a smaller `patch_size`, or images whose size is a multiple of "
+                f"`patch_size` x {2 ** (config.grid_views - 1)}."
             )
         if config.band_basis != "dct":
             raise ValueError(
@@ -1238,8 +1247,11 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 raise ValueError("`switches` were given, but this model has no views: build it with `grid_views`.")
             switches = torch.as_tensor(switches)
             self._check_shape("switches", switches, own.switches.shape)
-            if switches.isnan().any() or (switches.diff() > 0).any():
-                raise ValueError(f"`switches` ({switches.tolist()}) must be log-SNRs that do not rise.")
+            if not (switches < math.inf).all() or (switches.diff() > 0).any():
+                raise ValueError(
+                    f"`switches` ({switches.tolist()}) must be log-SNRs, finite or minus infinity for never, that do "
+                    "not rise."
+                )
         own.mean.copy_(mean)
         own.power.copy_(power.clamp(min=1e-3 * power.mean()))
         own.log_snr.copy_(torch.logit(alphas_cumprod.double()))
@@ -1253,9 +1265,10 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         A frequency is a ring of coefficients, of mean power: a few striped images can make one coefficient a hundred
         times as strong as its neighbours, and would keep all images on the full grid.
         """
-        power, tolerance = self.spectrum.power, self.config.grid_tolerance
+        # On the CPU, where sums are the same in every process.
+        power, tolerance = self.spectrum.power.cpu(), self.config.grid_tolerance
         size = power.shape[-1]
-        index = torch.arange(size, device=power.device)
+        index = torch.arange(size)
         ring = torch.hypot(index[:, None].float(), index.float()).add(0.5).long().flatten()
         rings = (
             power.new_zeros(len(power), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1)) / ring.bincount()
@@ -1447,29 +1460,35 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         batch_size = hidden_states.shape[0]
         timestep = self.expand_timestep(timestep, batch_size, hidden_states.device)
         order, counts = self._group_by_view(timestep, samples_per_view)
+        given = hidden_states, timestep, class_labels, pooled_projections
         if max(counts) == batch_size:
-            view = counts.index(batch_size)
-            sample = self.denoise_on(view, hidden_states, timestep, class_labels, pooled_projections)
+            sample = self.denoise_on(counts.index(batch_size), *given)
         else:
-            groups = []
-            for name, tensor in (
-                ("hidden_states", hidden_states),
-                ("timestep", timestep),
-                ("class_labels", class_labels),
-                ("pooled_projections", pooled_projections),
-            ):
-                if tensor is not None:
-                    self._check_shape(name, tensor, (batch_size, *tensor.shape[1:]))
-                    tensor = tensor if order is None else tensor[order]
-                groups.append([None] * len(counts) if tensor is None else tensor.split(counts))
-            sample = torch.cat(
-                [self.denoise_on(view, *group) for view, group in enumerate(zip(*groups)) if counts[view]]
-            )
-            sample = sample if order is None else sample[order.argsort()]
+            sample = self._denoise_mixed(order, counts, given)
 
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
+
+    def _denoise_mixed(self, order: torch.Tensor | None, counts: list[int], given: tuple) -> torch.Tensor:
+        """The prediction for a batch on several views, one after the other; `given` is what `denoise_on` takes."""
+        for name, tensor in zip(("class_labels", "pooled_projections"), given[2:]):
+            if tensor is not None and len(tensor) != len(given[0]):
+                raise ValueError(f"`{name}` has shape {tuple(tensor.shape)} for {len(given[0])} samples.")
+        parts, start = [], 0
+        try:
+            for view, count in enumerate(counts):
+                if count:
+                    rows = slice(start, start + count) if order is None else order[start : start + count]
+                    self.rows_of_pass = rows
+                    parts.append(
+                        self.denoise_on(view, *(tensor if tensor is None else tensor[rows] for tensor in given))
+                    )
+                    start += count
+        finally:
+            self.rows_of_pass = slice(None)
+        sample = torch.cat(parts)
+        return sample if order is None else sample[order.argsort()]
 
     def denoise_on(
         self,
@@ -1553,12 +1572,19 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         recorder = Recorder(max_bytes, kinds, len(self.transformer_blocks))
         handles, processors = [], []
 
+        def start_call(module, args, kwargs):
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            recorder.start_call(args[1] if len(args) > 1 else kwargs["timestep"], hidden_states.shape[0])
+
+        def add_of(kind, index):
+            return lambda output: recorder.add(kind, index, output, self.rows_of_pass)
+
         def add_output(kind, index):
-            return lambda module, args, output: recorder.add(kind, index, output)
+            add = add_of(kind, index)
+            return lambda module, args, output: add(output)
 
         try:
-            # Each pass begins by embedding the timesteps (B,) of its samples.
-            handles.append(self.time_proj.register_forward_pre_hook(lambda module, args: recorder.start_call(*args)))
+            handles.append(self.register_forward_pre_hook(start_call, with_kwargs=True))
             for index, block in enumerate(self.transformer_blocks):
                 for kind in kinds:
                     if kind != "attention":
@@ -1567,7 +1593,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                         continue
                     attn = getattr(block, "cross_attn", block.attn)
                     processors.append((attn, attn.processor))
-                    attn.processor = _AttentionMapProcessor(attn.processor, recorder, index)
+                    attn.processor = _AttentionMapProcessor(attn.processor, add_of("attention", index))
             yield recorder
         finally:
             for handle in handles:
@@ -1662,7 +1688,8 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
     def block_inputs(self, hidden_states, known, view=0):
         clocks = 0, 0
         if self.clock_embed is not None:
-            clocks = self.clock_embed(self.band_clocks(known).to(hidden_states.dtype)).chunk(2, dim=-1)  # 2 of (B, D)
+            visible = self.band_clocks(known).to(hidden_states.dtype).expand(len(hidden_states), -1)
+            clocks = self.clock_embed(visible).chunk(2, dim=-1)  # 2 of (B, D)
         if self.config.band_branches == "none":
             return clocks, None
         grid = (side // self.config.patch_size for side in self.view_size(view, *hidden_states.shape[-2:]))

@@ -15,6 +15,7 @@ from transformer_cases import NO_CLASSES, TEXT, assert_differ, inputs, run, untr
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
 from freqgate_dit.analysis import band_gain_table
+from freqgate_dit.interventions import PATHS, changed_gate, gate_changes, labels_in_path
 from freqgate_dit.samplers import make_sampler
 from freqgate_dit.spectral import dct2, idct2
 from freqgate_dit.transformer_freqgate_dit import (
@@ -43,7 +44,7 @@ def steep_spectrum():
 
 def with_views(variant="adaln_zero", build=tiny_transformer, **kwargs):
     """A model with three views, by default with random weights."""
-    model = build(variant, **{**WIENER, "grid_views": 3, **kwargs}).eval()
+    model = build(variant, **{**WIENER, "grid_views": 3, "grid_tolerance": 0.05, **kwargs}).eval()
     model.set_spectrum(*steep_spectrum(), ALPHAS_CUMPROD)
     return model
 
@@ -443,20 +444,37 @@ def test_sampling_goes_from_the_coarsest_view_to_the_full_grid(name):
     assert used == sorted(used, reverse=True) and {view for view, _ in used} == set(VIEWS)
 
 
-def test_inspect_records_the_passes_of_a_mixed_batch(variant):
+def test_inspect_records_the_groups_of_a_mixed_batch(variant):
     model = with_views(variant)
     given, kinds = mixed(model), (*model.inspectable, "attention")
     expected = run(model, **given)
     with model.inspect(*kinds) as recorder:
         assert torch.equal(run(model, **given), expected)
     groups = [[30.25, 0.0], [300.0, 250.0], [900.5, 999.0]]
-    assert [(r.call, r.timestep.tolist()) for r in recorder.select("attention", 1)] == list(enumerate(groups))
+    assert [(r.call, r.timestep.tolist()) for r in recorder.select("attention", 1)] == [(0, group) for group in groups]
     # What is recorded of a sample is what a pass of its own has.
     for index, timestep in enumerate(TIMESTEPS.tolist()):
         with model.inspect(*kinds) as alone:
             run(model, **samples(given, [index]))
         own = [r.value[r.timestep.tolist().index(timestep)] for r in recorder.records if timestep in r.timestep]
         assert_close([r.value[0] for r in alone.records], own, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["freq_gate", "band_gate"])
+def test_interventions_reach_each_sample_of_a_mixed_batch(variant):
+    """Two samples too, of which one is the first of its view: nothing may be spread over the other."""
+    model = with_views(variant)
+    for index in (range(len(TIMESTEPS)), [4, 2], [2, 4]):
+        given = samples(mixed(model), list(index))
+        labels = (given["class_labels"] + 1) % 3
+        contexts = [lambda rows, path=path: labels_in_path(model, path, labels[rows]) for path in PATHS]
+        contexts += [lambda rows, change=change: changed_gate(model, change) for change in gate_changes(model)]
+        for context in contexts:
+            with context(slice(None)):
+                together = run(model, **given)
+            for row in range(len(together)):
+                with context([row]):
+                    assert_close(run(model, **samples(given, [row])), together[[row]], **CLOSE)
 
 
 def test_band_gains_do_not_depend_on_the_views():

@@ -107,6 +107,15 @@ def test_views_that_are_never_used_are_left_alone(views, tmp_path, capsys):
     assert model.proj_out.weight.any() and not any(head.weight.any() for head in model.coarse_proj_outs)
 
 
+def test_two_processes_leave_alone_what_both_do_not_use(views, tmp_path, checkout):
+    """A second step would wait for gradients of the full grid."""
+    arguments = views(max_steps=2, grid_price=1e6)
+    launch = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "training/train.py"]
+    run(*launch, *arguments, cwd=checkout, ACCELERATE_USE_CPU="true").check_returncode()
+    model = FreqGateDiTPipeline.from_pretrained(tmp_path / "run/pipeline").transformer
+    assert model.coarse_proj_outs[1].weight.any() and not model.proj_out.weight.any()
+
+
 def test_two_processes_train_the_views_of_one(tmp_path, views, checkout):
     """With the same micro-batches; neither waits for a gradient that the other does not have."""
     main(views(max_steps=3, gradient_accumulation_steps=2, log_every=1))
@@ -129,6 +138,8 @@ def test_two_processes_train_the_views_of_one(tmp_path, views, checkout):
         ({"preconditioning": "scalar"}, ["`grid_views` (3)", "'scalar'"]),
         ({"grid_tolerance": 1}, ["`grid_tolerance` (1.0)"]),
         ({"grid_price": -1}, ["`grid_price` (-1.0)"]),
+        ({"grid_price": "inf"}, ["`grid_price` (inf)"]),
+        ({"beta_end": 0.9}, ["`beta_end` (0.9)", "`preconditioning`"]),
     ],
 )
 def test_views_that_cannot_be_trained(changes, words, views):

@@ -7,6 +7,7 @@ line, in this order; `TrainingRun.save` writes what came out, and that file star
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class ModelConfig:
         "Freq-Grid, with preconditioning wiener: grids of tokens to work on, the full one, and from 2 on half of it, "
         "a quarter, ..., where noise hides the frequencies that they lack.",
     )
-    grid_tolerance: float = knob(0.05, "A coarser grid is used where no frequency beyond it has a larger Wiener gain.")
+    grid_tolerance: float = knob(0.03, "A coarser grid is used where no frequency beyond it has a larger Wiener gain.")
 
     def __post_init__(self):
         check_choice("variant", self.variant, VARIANTS)
@@ -195,8 +196,8 @@ class ObjectiveConfig:
                 f"`beta_start` ({self.beta_start}) and `beta_end` ({self.beta_end}) must satisfy "
                 "0 < beta_start <= beta_end < 1."
             )
-        if self.grid_price is not None and self.grid_price <= 0:
-            raise ValueError(f"`grid_price` ({self.grid_price}) must be above 0 nats per token, or unset.")
+        if self.grid_price is not None and not 0 < self.grid_price < math.inf:
+            raise ValueError(f"`grid_price` ({self.grid_price}) must be above 0 nats per token and finite, or unset.")
         if self.logit_std <= 0:
             raise ValueError(f"`logit_std` ({self.logit_std}) must be positive.")
         if not 0 <= self.class_dropout_prob < 1:

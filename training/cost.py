@@ -27,11 +27,16 @@ def describe_cost(model: torch.nn.Module, data_bytes: int, images_seen: int, num
     )
 
 
-def describe_ladder(model: torch.nn.Module, ladder: Ladder, images_seen: int) -> str:
-    """The views of a model with Freq-Grid, and what a run over `images_seen` takes by them, as lines of text."""
-    flops = ladder.mean_flops
+def describe_ladder(model: torch.nn.Module, ladder: Ladder, counts: tuple[int, ...], images_seen: int) -> str:
+    """The views of a model with Freq-Grid, and what a run over `images_seen` takes by them, as lines of text.
+
+    Args:
+        counts: samples of a micro-batch on each view.
+    """
+    flops = ladder.flops_of(counts)
     return (
         f"{ladder.describe()}\n"
+        f"{'':16}of each {sum(counts)} samples {' + '.join(map(str, counts))} are on these views\n"
         f"FLOPs per image {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training, on average\n"
         f"whole run       {_run(model, flops, images_seen)}"
     )

@@ -13,6 +13,7 @@ from freqgate_dit.training.config import TrainingRun
 from freqgate_dit.training.data import load_images
 from freqgate_dit.training.latents import estimated_statistics, load_vae, sample_shape
 from freqgate_dit.training.schedules import make_objective, make_scheduler, set_spectrum
+from freqgate_dit.training.shares import ViewShares
 
 
 COUNTS = {"parameters": count_parameters, "flops": flops_per_forward}
@@ -45,11 +46,12 @@ class ModelSizes:
         return counts
 
     def _mean_flops(self, config: TrainingRun, channels: int, side: int) -> float:
-        """Of a model with views, on average over the noise levels of its training."""
+        """Of a model with views, on average over the samples of a micro-batch."""
         model = config.model.build(channels, side, self.condition, config.objective)
         objective = make_objective(config.objective, make_scheduler(config.objective))
         set_spectrum(model, self._statistics(config.data.horizontal_flip), objective, config.objective.grid_price)
-        return Ladder.of(model, objective.timestep_distribution().diff()).mean_flops
+        ladder = Ladder.of(model, objective.timestep_distribution().diff())
+        return ladder.flops_of(ViewShares.of(model, objective, config.train.per_device_batch_size).counts)
 
     def _statistics(self, flip: bool) -> SpectrumStatistics:
         if flip not in self.statistics:

@@ -57,6 +57,12 @@ def make_sampling_scheduler(
 def set_spectrum(model, statistics: SpectrumStatistics, objective: DiffusionObjective, grid_price: float | None):
     """Tell a model that asks for it the spectrum of its data, and by it where to switch between its views."""
     known = statistics.mean, statistics.power, objective.scheduler.alphas_cumprod
+    if known[2].min() <= 0:
+        betas = objective.scheduler.config
+        raise ValueError(
+            f"`beta_end` ({betas.beta_end:g}) with `beta_schedule` {betas.beta_schedule!r} ends in pure noise, which "
+            "has no log-SNR for the gates of `preconditioning` and `band_clock` to go by: lower `beta_end`."
+        )
     model.set_spectrum(*known)
     if grid_price is not None:
         density = objective.timestep_distribution().diff()

@@ -9,10 +9,14 @@ share of the batch: the weighted loss has the expectation that it has without vi
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils import logging
 
 from freqgate_dit.ladder import timesteps_per_view
 from freqgate_dit.losses import DiffusionObjective, stratified_uniform
 from freqgate_dit.transformer_freqgate_dit import ConditionedDiTTransformer2DModel
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ViewShares:
 
     Args:
         counts: samples of each view.
-        begin, end: `(B,)` float64, part of the distribution function of the timesteps that is each sample's.
+        begin, end: `(B,)` float32, part of the distribution function of the timesteps that is each sample's.
         first, last: `(B,)` int64, the timesteps of that part.
         weights: `(B,)` float32, of each sample's loss; their mean is 1.
     """
@@ -51,9 +55,15 @@ class ViewShares:
         counts = share_out(probabilities, batch_size)
         views = torch.arange(len(ranges)).repeat_interleave(torch.tensor(counts))  # (B,)
         begin, end = torch.tensor(parts, dtype=torch.float64)[views].unbind(dim=1)
+        if any(r and probability < 1e-4 for r, probability in zip(ranges, probabilities)):
+            logger.warning(
+                f"of the timesteps drawn in training, the views' shares are {probabilities}: a view below 0.0001 is "
+                "hardly trained, and will be sampled all the same. Choose another `logit_mean` or `logit_std`."
+            )
         first, last = torch.tensor([r or (0, 0) for r in ranges])[views].unbind(dim=1)
         weights = (end - begin) * batch_size / torch.tensor(counts)[views]
-        tensors = (tensor.to(model.device) for tensor in (begin, end, first, last, weights.float()))
+        tensors = (begin.float(), end.float(), first, last, weights.float())
+        tensors = (tensor.to(model.device) for tensor in tensors)
         return cls(tuple(counts), *tensors)
 
     def __len__(self) -> int:
@@ -77,7 +87,7 @@ class ViewShares:
                 columns.append(stratified_uniform(part, stratum, max(1, samples * len(rows))))
             rows = torch.cat(columns, dim=1)
         placed = self.begin + (self.end - self.begin) * rows
-        return placed.clamp(max=1 - 2**-24).float().flatten()
+        return placed.clamp(max=1 - 2**-24).flatten()
 
     def timesteps(self, objective: DiffusionObjective, uniform: torch.Tensor) -> torch.Tensor:
         """Timesteps `(B,)` int64 of a micro-batch for its placed uniforms `(B,)`, each of its own view."""

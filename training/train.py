@@ -235,14 +235,13 @@ class Trainer:
             return
         self.ladder = Ladder.of(self.model, self.objective.timestep_distribution().diff())
         self.shares = ViewShares.of(self.model, self.objective, self.config.train.per_device_batch_size)
-        for projections in (self.model.coarse_patch_embeds, self.model.coarse_proj_outs):
-            for projection, count in zip(projections, self.shares.counts[1:], strict=True):
-                projection.requires_grad_(count > 0)  # processes wait for gradients of what is not used
-        self.print(
-            describe_ladder(self.model, self.ladder, self.total_steps * self.global_batch_size),
-            f"{'':16}of each {len(self.shares)} samples {' + '.join(map(str, self.shares.counts))} are on these views",
-            sep="\n",
-        )
+        model, counts = self.model, self.shares.counts
+        embeds = model.patch_embed, *model.coarse_patch_embeds
+        heads = model.proj_out, *model.coarse_proj_outs
+        for embed, head, count in zip(embeds, heads, counts, strict=True):
+            embed.requires_grad_(count > 0)  # processes would wait for gradients of what is not used
+            head.requires_grad_(count > 0)
+        self.print(describe_ladder(model, self.ladder, counts, self.total_steps * self.global_batch_size))
 
     def _run_bytes(self) -> int:
         others = self.vae, self.condition.text_encoder
