@@ -306,6 +306,25 @@ def test_a_residual_gate_starts_as_its_adaln_zero_source(changes, folder):
     assert torch.equal(output(model), output(source)) and output(source).any()
 
 
+@pytest.mark.parametrize("views", [2, 3])
+def test_coarse_views_start_from_the_full_grid(views, folder):
+    """Those that the source does not have; a view of the source that is one too many is left out, and told."""
+    wiener = {"preconditioning": "wiener", "prediction_type": "epsilon"}
+    theirs, ours = (tiny_transformer(seed=seed, grid_views=n, **wiener) for seed, n in ((1, 1), (2, views)))
+    save_pipeline(folder, theirs)
+    fresh, report = take(ours, folder)
+    for embed, head in zip(ours.coarse_patch_embeds, ours.coarse_proj_outs, strict=True):
+        assert_same_tensors(embed.state_dict(), theirs.patch_embed.state_dict())
+        assert_same_tensors(head.state_dict(), theirs.proj_out.state_dict())
+    assert "full grid" in report and "stays fresh" not in report and f"grid_views 1 (here {views})" in report
+    # And back: what is of views alone has no place.
+    shutil.rmtree(folder)
+    save_pipeline(folder, ours)
+    plain = tiny_transformer(seed=3, **wiener)
+    report = take(plain, folder)[1]
+    assert torch.equal(plain.proj_out.weight, ours.proj_out.weight) and "coarse_proj_outs.0.weight" in report
+
+
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=["plain", "qk_norm"])
 def test_another_width_is_refused(changes, folder):
     """The norms of queries and keys fit at any number of heads; they alone are no start."""

@@ -200,9 +200,10 @@ def initialise(model: torch.nn.Module, source: Source, class_names: tuple[str, .
     own = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     given = {name: tensor for name, tensor in source.tensors.items() if name not in buffers}
+    given, views = _with_views(own, given)
     differing = _differing(model.config, source.config)
     _refuse_other_model(own, source, differing)
-    lines = [f"  {differing}"] if differing else []
+    lines = [f"  {line}" for line in (differing, views) if line]
     count = 0
     for name in own.keys() & given.keys() - {CLASS_TABLE}:
         if own[name].shape == given[name].shape:
@@ -215,6 +216,19 @@ def initialise(model: torch.nn.Module, source: Source, class_names: tuple[str, .
     share = count / sum(tensor.numel() for tensor in own.values())
     head = f"initialised from {source.place}: {share:.1%} of the parameters"
     return "\n".join([head, *lines, *_left_out(own, given)])
+
+
+def _with_views(own: dict, given: dict) -> tuple[dict, str]:
+    """The source's tensors, with those of its full grid for the views that it lacks: what a coarse view shows is an
+    ordinary smaller image. And what was done in words."""
+    stems = {"coarse_patch_embeds": "patch_embed", "coarse_proj_outs": "proj_out"}
+    copied = {}
+    for name in own.keys() - given.keys():
+        stem, *_, entry = name.split(".")
+        source = f"{stems.get(stem)}.{entry}"
+        if source in given and given[source].shape == own[name].shape:
+            copied[name] = given[source]
+    return {**given, **copied}, "coarse views start from the projections of the full grid" if copied else ""
 
 
 def _left_out(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> list[str]:
