@@ -7,7 +7,7 @@ And what the recipe for real images is chosen from (10), with `--arms` recipe_ba
 Every run is one of training/train.py's `Trainer`, on one thread, in bf16. An arm's steps are the budget over its FLOPs
 per step: of "equal computation" all have BUDGET, of "equal images" (arms with `_images`) as many steps as the full
 grid. Controls are the models of freq_grid_models.py; the peer is diffusers' `DiTTransformer2DModel` in a plain loop,
-with the same images, order, noise, timesteps and validation. Processes started with the same `--out` share the runs
+with the same images, order, noise, timesteps and validation (freq_grid_peer.py). Processes started with the same `--out` share the runs
 out among themselves; a run that was cut off is taken up by the next that is started with `--resume_all`. Timings are
 of the steps alone, without validation.
 """
@@ -23,9 +23,8 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DiTTransformer2DModel
-from diffusers.training_utils import EMAModel
 from freq_grid_models import CONTROLS
+from freq_grid_peer import DiffusersLoop
 
 import freqgate_dit
 import freqgate_dit.training
@@ -36,7 +35,6 @@ from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import TrainingRun, parse_config
 from freqgate_dit.training.data import load_images
 from freqgate_dit.training.latents import LatentCache
-from freqgate_dit.training.schedules import learning_rate
 from freqgate_dit.training.train import Trainer
 from freqgate_dit.training.validation import Validation
 from freqgate_dit.transformer_freqgate_dit import VARIANTS
@@ -245,97 +243,40 @@ def steps_of_full_grid(name: str, options: argparse.Namespace) -> int:
 
 
 def train_diffusers(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
-    """The peer: diffusers' DiT, a plain loop as its training examples have it, bf16 autocast, one average of weights.
-
-    Data, order, noise, timesteps, learning rates, average and validation are those of the trainer's run, which is set
-    up for them and not trained.
-    """
+    """Train the peer for as many steps as the full grid has (the two differ in FLOPs by embedders alone)."""
     reset()
     trainer = Run(parse_config(words(name, "full_grid", seed, options, folder, max_steps=1)), options.budget)
-    config, objective = trainer.model.config, trainer.objective
-    classes = config.num_classes or 1
-    torch.manual_seed(seed)
-    model = DiTTransformer2DModel(
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        in_channels=3,
-        out_channels=3,
-        num_layers=config.num_layers,
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        num_embeds_ada_norm=classes,
-    )
-    for block in model.transformer_blocks:
-        block.norm1.emb.class_embedder.dropout_prob = 0.0  # it drops labels by itself, in each block others
-    steps = trainer.total_steps  # at equal FLOPs of the full grid: the two differ by embedders alone
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=0.01)
-    average = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    null, zeros = config.num_classes, torch.zeros(10**4, dtype=torch.long)
-
-    def denoise(noisy, timesteps, labels):
-        labels = zeros[: len(noisy)] if labels is None else labels
-        return model(noisy, timestep=timesteps, class_labels=labels, return_dict=False)[0]
-
-    def validate():
-        average.store(model.parameters())
-        average.copy_to(model.parameters())
-        model.eval()
-        with torch.autocast("cpu", torch.bfloat16):
-            result = trainer.validation.summarise(trainer.validation(lambda x, t, y: denoise(x, t, y).float()))
-        model.train()
-        average.restore(model.parameters())
-        return result
-
-    curve, seconds = [], 0.0
+    loop = DiffusersLoop(trainer, seed)
+    steps, curve, seconds = trainer.total_steps, [], 0.0
     every = math.ceil(steps / POINTS)
-    model.train()
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
-            result = validate()
+            with loop.averaged():
+                result = trainer.validation.summarise(trainer.validation(loop.denoise))
             error = {"loss": result.loss, "by_timestep": result.loss_by_timestep.tolist()}
             curve.append({"step": step, "seconds": seconds, **error})
             print(f"step {step}/{steps}: held-out {result.loss:.4f} after {seconds:.0f} s", flush=True)
-        if step == steps:
-            break
-        start = time.perf_counter()
-        batch = trainer.batches.draw(step)
-        labels = batch.labels
-        if null is not None:
-            labels = torch.where(batch.dropout < 0.1, null, labels)
-        timesteps = objective.timesteps(batch.uniform)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(trainer.config.train, step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            noisy = objective.scheduler.add_noise(batch.latents, batch.noise, timesteps)
-            prediction = denoise(noisy, timesteps, labels)
-        target = objective.scheduler.get_velocity(batch.latents, batch.noise, timesteps)
-        loss = torch.nn.functional.mse_loss(prediction.float(), target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(model.parameters())
-        seconds += time.perf_counter() - start
-    finals = []
-    for _ in range(2):
-        model.eval()
-        with torch.autocast("cpu", torch.bfloat16):
-            finals.append(held_out(trainer, lambda x, t, y: denoise(x, t, y).float()))
-        average.copy_to(model.parameters())
+        if step < steps:
+            start = time.perf_counter()
+            loop.step(step)
+            seconds += time.perf_counter() - start
     # The last weights or their average, whatever is better: an average of diffusers' has another profile than ours.
-    final = min(finals, key=lambda result: result["loss"])
+    loop.model.eval()
+    finals = [held_out(trainer, loop.denoise)]
+    with loop.averaged():
+        finals.append(held_out(trainer, loop.denoise))
     per_step = flops_of_step(trainer)
     return {
         "steps": steps,
         "images": steps * trainer.global_batch_size,
         "flops": steps * per_step,
         "flops_per_step": per_step,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in loop.model.parameters()),
         "images_per_second": steps * trainer.global_batch_size / seconds,
         "ladder": None,
         "counts": None,
         "curve": curve,
-        "final": final,
+        "final": min(finals, key=lambda result: result["loss"]),
     }
 
 
