@@ -7,7 +7,8 @@ And what the recipe for real images is chosen from (10), with `--arms` recipe_ba
 Every run is one of training/train.py's `Trainer`, on one thread, in bf16. An arm's steps are the budget over its FLOPs
 per step: of "equal computation" all have BUDGET, of "equal images" (arms with `_images`) as many steps as the full
 grid. Controls are the models of freq_grid_models.py; the peer is diffusers' `DiTTransformer2DModel` in a plain loop,
-with the same images, order, noise, timesteps and validation (freq_grid_peer.py). Processes started with the same `--out` share the runs
+with the same images, order, noise, timesteps and validation (freq_grid_peer.py). Processes started with the same
+`--out` share the runs
 out among themselves; a run that was cut off is taken up by the next that is started with `--resume_all`. Timings are
 of the steps alone, without validation.
 """

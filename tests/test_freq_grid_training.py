@@ -11,6 +11,7 @@ from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.ladder import Ladder
 from freqgate_dit.summary import read_summary
 from freqgate_dit.training.config import parse_config
+from freqgate_dit.training.matching import ModelSizes
 from freqgate_dit.training.train import Trainer, main
 
 
@@ -145,3 +146,14 @@ def test_two_processes_train_the_views_of_one(tmp_path, views, checkout):
 def test_views_that_cannot_be_trained(changes, words, views):
     message = refusal(views(max_steps=1, **changes))
     assert all(word in message for word in words)
+
+
+def test_a_comparison_counts_the_mean_over_a_micro_batch(views):
+    config = parse_config(views(max_steps=1, num_layers=3))
+    trainer = Trainer(config)
+    trainer.close()
+    expected = trainer.ladder.flops_of(trainer.shares.counts)
+    assert ModelSizes(config)(config) == {
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "flops": pytest.approx(expected),
+    }

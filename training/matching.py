@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
 from freqgate_dit.cost import count_parameters, flops_per_forward
-from freqgate_dit.ladder import Ladder
 from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import TrainingRun
 from freqgate_dit.training.data import load_images
 from freqgate_dit.training.latents import estimated_statistics, load_vae, sample_shape
-from freqgate_dit.training.schedules import make_objective, make_scheduler, set_spectrum
+from freqgate_dit.training.schedules import make_objective, make_scheduler, tell_spectrum
 from freqgate_dit.training.shares import ViewShares
 
 
@@ -41,17 +41,18 @@ class ModelSizes:
         with torch.device("meta"):
             model = config.model.build(channels, side, self.condition, config.objective)
         counts = {name: COUNTS[name](model) for name in names}
-        if "flops" in counts and config.model.grid_views > 1:
-            counts["flops"] = self._mean_flops(config, channels, side)
+        if "flops" in counts and config.model.grid_views > 1:  # on average over the samples of a micro-batch
+            shares = self._shares(config, channels, side)
+            counts["flops"] = sum(n * flops_per_forward(model, view) for view, n in enumerate(shares)) / sum(shares)
         return counts
 
-    def _mean_flops(self, config: TrainingRun, channels: int, side: int) -> float:
-        """Of a model with views, on average over the samples of a micro-batch."""
-        model = config.model.build(channels, side, self.condition, config.objective)
+    def _shares(self, config: TrainingRun, channels: int, side: int) -> tuple[int, ...]:
+        """Samples of a micro-batch on each view."""
+        # They do not depend on the depth; this model has weights.
+        model = replace(config.model, num_layers=1).build(channels, side, self.condition, config.objective)
         objective = make_objective(config.objective, make_scheduler(config.objective))
-        set_spectrum(model, self._statistics(config.data.horizontal_flip), objective, config.objective.grid_price)
-        ladder = Ladder.of(model, objective.timestep_distribution().diff())
-        return ladder.flops_of(ViewShares.of(model, objective, config.train.per_device_batch_size).counts)
+        tell_spectrum(model, self._statistics(config.data.horizontal_flip), objective, config.objective.grid_price)
+        return ViewShares.of(model, objective, config.train.per_device_batch_size).counts
 
     def _statistics(self, flip: bool) -> SpectrumStatistics:
         if flip not in self.statistics:

@@ -54,7 +54,7 @@ def make_sampling_scheduler(
 
 
 @torch.no_grad()
-def set_spectrum(model, statistics: SpectrumStatistics, objective: DiffusionObjective, grid_price: float | None):
+def tell_spectrum(model, statistics: SpectrumStatistics, objective: DiffusionObjective, grid_price: float | None):
     """Tell a model that asks for it the spectrum of its data, and by it where to switch between its views."""
     known = statistics.mean, statistics.power, objective.scheduler.alphas_cumprod
     if known[2].min() <= 0:

@@ -73,7 +73,7 @@ from freqgate_dit.training.schedules import (
     make_objective,
     make_sampling_scheduler,
     make_scheduler,
-    set_spectrum,
+    tell_spectrum,
 )
 from freqgate_dit.training.shares import ViewShares
 from freqgate_dit.training.stopping import StopRequest
@@ -224,7 +224,7 @@ class Trainer:
         if self.config.model.grid_views == 1:
             return
         statistics = estimated_statistics(images, self.vae, self.config.data.horizontal_flip, self.device)
-        set_spectrum(self.model, statistics, self.objective, self.config.objective.grid_price)
+        tell_spectrum(self.model, statistics, self.objective, self.config.objective.grid_price)
         self._make_shares()
         self.print(f"{'':16}(by the spectrum of {statistics.count} images; a run measures it by more of them)")
 
@@ -300,7 +300,7 @@ class Trainer:
             if warning:
                 self.print(warning)
         if self.model.spectrum is not None and self.checkpoint is None:  # a checkpoint brings its own
-            set_spectrum(self.model, statistics, self.objective, config.objective.grid_price)
+            tell_spectrum(self.model, statistics, self.objective, config.objective.grid_price)
         self._make_shares()
         self.objective.band_weights = make_band_weights(
             config.objective, self.objective.scheduler, statistics.power, data, self.vae
