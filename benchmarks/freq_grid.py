@@ -8,9 +8,8 @@ Every run is one of training/train.py's `Trainer`, on one thread, in bf16. An ar
 per step: of "equal computation" all have BUDGET, of "equal images" (arms with `_images`) as many steps as the full
 grid. Controls are the models of freq_grid_models.py; the peer is diffusers' `DiTTransformer2DModel` in a plain loop,
 with the same images, order, noise, timesteps and validation (freq_grid_peer.py). Processes started with the same
-`--out` share the runs
-out among themselves; a run that was cut off is taken up by the next that is started with `--resume_all`. Timings are
-of the steps alone, without validation.
+`--out` share the runs out among themselves; a run that was cut off is taken up by the next that is started with
+`--resume_all`. Timings are of the steps alone, without validation.
 """
 
 import argparse
@@ -191,6 +190,8 @@ def train_arm(name: str, arm: str, seed: int, options: argparse.Namespace, folde
         parse_config(["--config", str(folder / "config.yaml"), *resume] if resume else given), options.budget
     )
     trainer.train()
+    if trainer.step < trainer.total_steps:
+        raise SystemExit("stopped: start again with `--resume_all`")
     validations = read_json_lines(folder / "validation.jsonl")
     lines = [line for line in read_json_lines(folder / "metrics.jsonl") if "images_per_second" in line]
     speeds = sorted(line["images_per_second"] for line in lines)
