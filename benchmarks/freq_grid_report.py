@@ -1,9 +1,11 @@
 """What the ablation of Freq-Grid found: a table, two figures and a JSON file from the runs of freq_grid.py.
 
-    python benchmarks/freq_grid_report.py --runs runs/freq_grid/cats64 --out results/freq_grid_cats64
+    python benchmarks/freq_grid_report.py --runs runs/freq_grid/cats64 --out results/freq_grid_cats64 \\
+        --speed results/freq_grid_speed_cats64.json
 
 Counted are the seeds that both sides of a contrast have. Errors are those of freq_grid.py's final measurement, on all
-held-out images; differences are paired by seed, in percent of the second arm's mean.
+held-out images; differences are paired by seed, in percent of the second arm's mean. Seconds are the steps of a run
+times the CPU seconds of a step by freq_grid_speed.py, which times the arms in turn.
 """
 
 import argparse
@@ -77,10 +79,13 @@ def contrast(runs: Runs, arm: str, other: str) -> dict | None:
     return {"arm": arm, "against": other, "difference": total, "by_timestep": levels, "by_cell": cells}
 
 
-def to_reach(runs: Runs, arm: str, target: str) -> dict | None:
+def to_reach(runs: Runs, arm: str, target: str, speed: dict[str, float]) -> dict | None:
     """Share of the target's FLOPs and seconds after which the arm's curve is below the target's end, over seeds.
 
     On the way an arm is not annealed yet, and the target's end is, so the share is an upper bound.
+
+    Args:
+        speed: CPU seconds of a step, of the arms that were timed.
     """
     shares = []
     for seed in runs.of[arm].keys() & runs.of.get(target, {}).keys():
@@ -89,10 +94,13 @@ def to_reach(runs: Runs, arm: str, target: str) -> dict | None:
         below = [point["step"] for point in one["curve"] if point["loss"] <= end]
         if not below:
             return None
-        seconds = [run["images"] / run["steps"] / run["images_per_second"] for run in (one, other)]
-        flops = below[0] * one["flops_per_step"] / other["flops"]
-        shares.append((flops, below[0] * seconds[0] / (other["steps"] * seconds[1])))
-    return dict(zip(("flops", "seconds"), np.mean(shares, axis=0).tolist())) if shares else None
+        timed = arm.removesuffix("_images"), target
+        ratio = speed[timed[0]] / speed[timed[1]] if all(name in speed for name in timed) else float("nan")
+        shares.append((below[0] * one["flops_per_step"] / other["flops"], below[0] * ratio / other["steps"]))
+    if not shares:
+        return None
+    flops, seconds = np.mean(shares, axis=0).tolist()
+    return {"flops": flops, "seconds": None if np.isnan(seconds) else seconds}
 
 
 def interval(difference: dict) -> str:
@@ -110,12 +118,11 @@ def arms_table(runs: Runs) -> str:
                 str(len(errors)),
                 f"{first['flops'] / 1e12:.0f}",
                 f"{first['images']:,}",
-                f"{runs.mean(arm, lambda run: run['images_per_second']):.0f}",
                 f"{np.mean(errors):.4f}" + (f" ± {np.std(errors, ddof=1):.4f}" if len(errors) > 1 else ""),
                 " ".join(f"{runs.mean(arm, lambda run, i=i: run['final']['by_timestep'][i]):.4f}" for i in range(10)),
             )
         )
-    header = ("arm", "seeds", "TFLOP", "images", "images/s", "held-out error of v", "by tenth of the schedule")
+    header = ("arm", "seeds", "TFLOP", "images", "held-out error of v", "by tenth of the schedule")
     return table(rows, header)
 
 
@@ -136,7 +143,7 @@ def contrasts_table(found: list[dict]) -> str:
     return table(rows, header)
 
 
-def report(runs: Runs, out: Path):
+def report(runs: Runs, out: Path, speed: dict[str, float]):
     result = {"arms": {}, "reached": {}}
     for name, pairs in (("equal computation", CONTRASTS), ("equal images", AT_EQUAL_IMAGES)):
         found = [one for pair in pairs if (one := contrast(runs, *pair))]
@@ -144,16 +151,21 @@ def report(runs: Runs, out: Path):
             one["p_holm"] = p
         result[name] = found
     for arm in runs.of:
+        # Of a machine that other work shared; freq_grid_speed.py has the speeds that count.
+        left_out = ("seconds_in_all", "images_per_second")
         result["arms"][arm] = [
-            {key: value for key, value in run.items() if key != "seconds_in_all"} for run in runs.of[arm].values()
+            {key: value for key, value in run.items() if key not in left_out} for run in runs.of[arm].values()
         ]
     for target in ("full_grid", "diffusers"):
-        reached = {arm: to_reach(runs, arm, target) for arm in runs.of if arm != target}
+        reached = {arm: to_reach(runs, arm, target, speed) for arm in runs.of if arm != target}
         result["reached"][target] = {arm: share for arm, share in reached.items() if share}
     text = [arms_table(runs), "At equal computation:", contrasts_table(result["equal computation"])]
     text += ["At equal images, against the full grid:", contrasts_table(result["equal images"])]
     for target, shares in result["reached"].items():
-        rows = [(f"`{arm}`", f"{one['flops']:.3f}", f"{one['seconds']:.3f}") for arm, one in sorted(shares.items())]
+        rows = [
+            (f"`{arm}`", f"{one['flops']:.3f}", f"{one['seconds']:.3f}" if one["seconds"] else "")
+            for arm, one in sorted(shares.items())
+        ]
         text += [
             f"Share of the computation and of the seconds of `{target}` after which an arm is below its last error:",
             table(rows, ("arm", "computation", "seconds")),
@@ -198,8 +210,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs on one data set")
     parser.add_argument("--out", type=Path, required=True, help="path without ending of the files to write")
+    parser.add_argument("--speed", type=Path, help="JSON file of freq_grid_speed.py")
     options = parser.parse_args()
-    report(Runs(options.runs), options.out)
+    speed = read_json(options.speed)["cpu_seconds_per_step"] if options.speed else {}
+    report(Runs(options.runs), options.out, speed)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,20 @@ from freqgate_dit.spectral import dct2, octave_bands, octave_labels
 from freqgate_dit.training.hardware import use_all_cores
 
 
-class FirstOrderAfterSwitches(SpectralEulerDiscreteScheduler):
+class EvenScheduler(SpectralEulerDiscreteScheduler):
+    """With the same noise levels, whether the switches are known or not."""
+
+    _density_per_switch = 1.0
+
+
+class FirstOrderAfterSwitches(EvenScheduler):
     """Extrapolates nothing across a switch."""
 
     def _ahead(self, frequencies, step):
         return None if self._crossed_switch(step) else super()._ahead(frequencies, step)
 
 
-class FirstOrderInNewFrequencies(SpectralEulerDiscreteScheduler):
+class FirstOrderInNewFrequencies(EvenScheduler):
     """Extrapolates only the frequencies that both views have."""
 
     def _ahead(self, frequencies, step):
@@ -51,11 +57,11 @@ AS_IT_IS, CORRECTED = "second order", "corrected after switches"
 IGNORED = {**SECOND, "switch_sigmas": None}
 # By default the switches are those of the model.
 SAMPLERS = {
-    AS_IT_IS: (SpectralEulerDiscreteScheduler, IGNORED),
+    AS_IT_IS: (EvenScheduler, IGNORED),
     "first-order step after switches": (FirstOrderAfterSwitches, SECOND),
     "the same in new frequencies only": (FirstOrderInNewFrequencies, SECOND),
-    CORRECTED: (SpectralEulerDiscreteScheduler, SECOND),
-    "first order": (SpectralEulerDiscreteScheduler, {}),
+    CORRECTED: (EvenScheduler, SECOND),
+    "first order": (EvenScheduler, {}),
 }
 # Fine solutions: sampler and steps. Errors are measured against the first; the others show how well it is known.
 FINE = ((CORRECTED, 400), (AS_IT_IS, 400), ("first order", 500))

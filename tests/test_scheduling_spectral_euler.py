@@ -364,6 +364,28 @@ def test_the_grid_of_a_spectrum_by_the_chords_of_the_way():
     assert_even(-torch.stack([torch.zeros(()).double(), *lengths]).cumsum(0), sigmas)
 
 
+def test_the_grid_is_denser_where_steps_are_cheaper():
+    """By sqrt(2) from each switch on; without switches it is what it was."""
+    switches = [8.0, 0.4]
+    plain, dense = (
+        spectral(use_spectral_sigmas=True, **more) for more in ({}, {"switch_sigmas": switches, "spectral_order": 2})
+    )
+    for scheduler in (plain, dense):
+        scheduler.set_timesteps(400)
+    # Noise levels as places among the plain ones, which are even.
+    ours, theirs = (-scheduler.sigmas[:-1].double().log().numpy() for scheduler in (dense, plain))
+    places = np.interp(ours, theirs, np.arange(400))
+    steps, sigmas = np.diff(places), dense.sigmas[:-1]
+    lengths = []
+    for least, greatest in ((8.0, np.inf), (0.4, 8.0), (0, 0.4)):
+        inside = ((sigmas[:-1] < greatest) & (sigmas[1:] >= least)).numpy()
+        assert inside.sum() > 20 and steps[inside].std() < 0.01 * steps[inside].mean()
+        lengths.append(steps[inside].mean())
+    assert lengths[1] / lengths[0] == pytest.approx(2**0.5, rel=1e-2)
+    assert lengths[2] / lengths[1] == pytest.approx(2**0.5, rel=1e-2)
+    assert dense.sigmas[0] == plain.sigmas[0] and dense.sigmas[-2] == pytest.approx(plain.sigmas[-2].item())
+
+
 def test_the_grid_asks_for_no_less_noise_than_was_trained():
     scheduler, least = spectral(use_spectral_sigmas=True), euler().sigmas[-2]
     for steps in (1, 2, 50, 500):
