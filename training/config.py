@@ -115,10 +115,6 @@ class ModelConfig:
         """The model, for inputs `(B, in_channels, sample_size, sample_size)`."""
         arguments = dataclasses.asdict(self)
         variant = VARIANTS[arguments.pop("variant")]
-        if objective.grid_price is not None and self.grid_views == 1:
-            raise ValueError(
-                f"`grid_price` ({objective.grid_price}) is for models with views: set `grid_views` (1) above 1."
-            )
         if self.preconditioning or variant.needs_spectrum:  # other models need not know what they predict
             names = ("prediction_type", "num_train_timesteps")
             arguments |= {name: getattr(objective, name) for name in names}
@@ -380,6 +376,16 @@ class TrainingRun:
     sampling: SamplingConfig
     train: TrainConfig
     hub: HubConfig
+
+    def __post_init__(self):
+        views, price, size = self.model.grid_views, self.objective.grid_price, self.train.per_device_batch_size
+        if price is not None and views == 1:
+            raise ValueError(f"`grid_price` ({price}) is for models with views: set `grid_views` (1) above 1.")
+        if size < views:
+            raise ValueError(
+                f"`per_device_batch_size` ({size}) is smaller than the number of views, each of which takes part in "
+                f"every step: use at least `grid_views` ({views}), or fewer views."
+            )
 
     def to_dict(self) -> dict:
         return {name: value for section in dataclasses.asdict(self).values() for name, value in section.items()}
