@@ -201,6 +201,9 @@ def draw(runs: Runs, result: dict, out: Path):
     axes.set_ylabel("held-out error of v, averaged weights")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    shown = [point["loss"] for run in runs.of["full_grid"].values() for point in run["curve"][1:]]
+    axes.set_ylim(top=1.05 * max(shown))  # what begins far above comes in from there
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(figures / f"{out.name}_curves.png")
