@@ -71,11 +71,13 @@ class DiffusersLoop:
 
     @contextmanager
     def averaged(self):
-        """The averaged weights in the model, and no gradients."""
+        """The averaged weights in the model."""
         is_training = self.model.training
         self.average.store(self.model.parameters())
         self.average.copy_to(self.model.parameters())
         self.model.eval()
-        yield
-        self.average.restore(self.model.parameters())
-        self.model.train(is_training)
+        try:
+            yield
+        finally:
+            self.average.restore(self.model.parameters())
+            self.model.train(is_training)

@@ -51,6 +51,9 @@ class Runs:
         for file in sorted(folder.glob("*.json")):
             run = read_json(file)
             self.of.setdefault(run["arm"], {})[run["seed"]] = run
+        codes = {run["code"] for arm, runs in self.of.items() if arm != "diffusers" for run in runs.values()}
+        if len(codes) > 1:
+            print(f"note: these runs are of {len(codes)} versions of the code, and may differ in more than their arms")
         if not self.of:
             raise SystemExit(f"`--runs` ({folder}) has no finished run: start benchmarks/freq_grid.py first.")
 
@@ -82,7 +85,8 @@ def contrast(runs: Runs, arm: str, other: str) -> dict | None:
 def to_reach(runs: Runs, arm: str, target: str, speed: dict[str, float]) -> dict | None:
     """Share of the target's FLOPs and seconds after which the arm's curve is below the target's end, over seeds.
 
-    On the way an arm is not annealed yet, and the target's end is, so the share is an upper bound.
+    On the way an arm is not annealed yet, and the target's end is, so the share is an upper bound. (The peer's end is
+    that of its averaged weights, also where its last ones are better.)
 
     Args:
         speed: CPU seconds of a step, of the arms that were timed.

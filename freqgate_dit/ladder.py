@@ -139,7 +139,8 @@ class Ladder:
         )
         lines = [f"{'':16}{rung.size:4d} px, {rung.tokens:4d} tokens: {_served(rung)}" for rung in self.rungs]
         bits = self.price / self.dimensions / math.log(2)
-        price = f"{'':16}price: at most {self.price:.3g} nats ({bits:.3f} bits per value) with ideal denoisers"
+        nats = f"{self.price:,.0f}" if self.price >= 100 else f"{self.price:.3g}"
+        price = f"{'':16}price: at most {nats} nats ({bits:.3f} bits per value) with ideal denoisers"
         return "\n".join([head, *lines, price])
 
     def describe_briefly(self) -> str:

@@ -103,7 +103,8 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             views (Freq-Grid) is on another grid of tokens. A second-order step that follows one extrapolates nothing:
             F is taken for that of before down to the switch, and for that of now from there on. And spectral noise
             levels are denser by sqrt(2) from each switch on, as a step on a grid of a quarter of the tokens costs
-            about a quarter: at equal cost that has the smaller error (`benchmarks/freq_grid_levels.py`).
+            about a quarter: with few steps that has the smaller error at equal cost
+            (`benchmarks/freq_grid_levels.py`).
         **: the others are those of `EulerDiscreteScheduler`.
 
     Raises:
