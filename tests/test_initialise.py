@@ -522,7 +522,8 @@ def test_a_hub_id_is_found_in_the_cache(hub, folder):
 
 
 @pytest.mark.parametrize("name", ["user/wrong", "runs/mine/pipeline", "not a name"])
-def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, hub):
+def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a user has trained, a run of this name may lie
     with pytest.raises(ValueError) as refused:
         read_source(name)
     message = str(refused.value)
