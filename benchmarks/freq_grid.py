@@ -247,7 +247,8 @@ def steps_of_full_grid(name: str, options: argparse.Namespace) -> int:
 def train_diffusers(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
     """Train the peer for as many steps as the full grid has (the two differ in FLOPs by embedders alone)."""
     reset()
-    trainer = Run(parse_config(words(name, "full_grid", seed, options, folder, max_steps=1)), options.budget)
+    more = {"max_steps": 1, "resume": "auto"}  # it has no checkpoints: what was cut off begins anew
+    trainer = Run(parse_config(words(name, "full_grid", seed, options, folder, **more)), options.budget)
     loop = DiffusersLoop(trainer, seed)
     steps, curve, seconds = trainer.total_steps, [], 0.0
     every = math.ceil(steps / POINTS)

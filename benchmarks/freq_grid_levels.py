@@ -25,13 +25,9 @@ from freqgate_dit.training.hardware import use_all_cores
 DENSITIES = (1.0, 2**0.5, 2 ** (2 / 3), 2.0)
 
 
-class DenseScheduler(SpectralEulerDiscreteScheduler):
-    """Of another density, which is set once it is made."""
-
-
-def scheduler(network: Network, density: float) -> DenseScheduler:
+def scheduler(network: Network, density: float) -> SpectralEulerDiscreteScheduler:
     known = {"switch_sigmas": switch_sigmas(network.pipe.transformer)}
-    made = configure(DenseScheduler, network.config, **{**SPECTRAL_GRID, **SECOND, **known})
+    made = configure(SpectralEulerDiscreteScheduler, network.config, **{**SPECTRAL_GRID, **SECOND, **known})
     made._density_per_switch = density
     return made
 

@@ -16,7 +16,6 @@ import torch
 from output import print_table, write_result
 
 from freqgate_dit import FreqGateDiTPipeline
-from freqgate_dit.transformer_freqgate_dit import DiTMatmulAttnProcessor
 
 
 def images_per_second(pipe: FreqGateDiTPipeline, options: argparse.Namespace) -> float:
@@ -32,8 +31,6 @@ def images_per_second(pipe: FreqGateDiTPipeline, options: argparse.Namespace) ->
 def measure(folder: Path, options: argparse.Namespace) -> dict:
     pipe = FreqGateDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    if options.plain_attention:
-        pipe.transformer.set_attn_processor(DiTMatmulAttnProcessor())
     switches = pipe.transformer.spectrum.switches
     own, never = switches.clone(), torch.full_like(switches, -torch.inf)
     pipe.scheduler.set_timesteps(options.steps)
@@ -65,7 +62,6 @@ def main():
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true", help="autocast, as `freqgate-dit sample` does where it is fast")
-    parser.add_argument("--plain_attention", action="store_true", help="the attention that the trainer uses on a CPU")
     parser.add_argument("--cpu_threads", type=int)
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()

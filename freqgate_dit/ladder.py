@@ -68,11 +68,11 @@ class Ladder:
         config, views = model.config, timesteps_per_view(model)
         rungs = []
         for view, timesteps in enumerate(views):
-            size = model.view_size(view, config.sample_size, config.sample_size)[0]
+            size, tokens = _size_and_tokens(model, view)
             rungs.append(
                 Rung(
                     size=size,
-                    tokens=(size // config.patch_size) ** 2,
+                    tokens=tokens,
                     timesteps=timesteps,
                     share=0.0 if timesteps is None else density[timesteps[0] : timesteps[1] + 1].sum().item(),
                     flops=flops_per_forward(model, view),
@@ -182,6 +182,12 @@ def switch_sigmas(model: ConditionedDiTTransformer2DModel) -> list[float] | None
     return sigmas[sigmas.isfinite()].tolist() or None
 
 
+def _size_and_tokens(model: ConditionedDiTTransformer2DModel, view: int) -> tuple[int, int]:
+    """Side of a view of the model's own samples, and the tokens of its grid."""
+    size = model.view_size(view, model.config.sample_size, model.config.sample_size)[0]
+    return size, (size // model.config.patch_size) ** 2
+
+
 def _outside(model: ConditionedDiTTransformer2DModel, view: int) -> torch.Tensor:
     """Powers `(K,)` float64 on the CPU of the coefficients that a view does not see."""
     power = model.spectrum.power.cpu().double()  # some devices have no float64
@@ -238,8 +244,7 @@ def priced_switches(
     widths[1:] += steps
     costs = []
     for view in range(config.grid_views):
-        size = model.view_size(view, config.sample_size, config.sample_size)[0]
-        tokens = (size // config.patch_size) ** 2
+        _, tokens = _size_and_tokens(model, view)
         gains = torch.sigmoid(log_snr[:, None] + _outside(model, view).log()).sum(dim=1)  # (T,)
         costs.append(gains / 2 * widths + price_per_token * density * tokens)
     # Halfway between two timesteps, so that no rounding decides on which side one is.

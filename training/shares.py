@@ -57,7 +57,7 @@ class ViewShares:
         begin, end = torch.tensor(parts, dtype=torch.float64)[views].unbind(dim=1)
         if any(r and probability < 1e-4 for r, probability in zip(ranges, probabilities)):
             logger.warning(
-                f"of the timesteps drawn in training, the views' shares are "
+                "of the timesteps drawn in training, the views' shares are "
                 f"{', '.join(f'{probability:.2g}' for probability in probabilities)}: a view below 0.0001 is "
                 "hardly trained, and will be sampled all the same. Choose another `logit_mean` or `logit_std`."
             )
