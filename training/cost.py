@@ -13,15 +13,15 @@ CPU_SPEED = 0.28e12
 
 def describe_cost(model: torch.nn.Module, data_bytes: int, images_seen: int, num_averages: int = 1) -> str:
     """Parameters, FLOPs of an image and of a run over `images_seen`, and the memory that does not depend on the batch
-    size, as lines of text. Of a model with views FLOPs are those of the full grid alone (see `describe_ladder`)."""
+    size, as lines of text. Of a model with views FLOPs are those of the full grid; `describe_ladder` has the run's."""
     parameters, flops = count_parameters(model), flops_per_forward(model)
-    grid = " on the full grid" if model.config.grid_views > 1 else ""
+    views = model.config.grid_views > 1
+    run = " on the full grid" if views else f"\nwhole run       {_run(model, flops, images_seen)}"
     # float32 weights, gradients, two AdamW moments, averages.
     state_bytes = 4 * (4 + num_averages) * parameters
     return (
         f"parameters      {parameters / 1e6:.2f} M ({type(model).__name__})\n"
-        f"FLOPs per image {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training{grid}\n"
-        f"whole run       {_run(model, flops, images_seen)}{grid}\n"
+        f"FLOPs per image {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training{run}\n"
         f"memory          {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW, averages; "
         f"{data_bytes / 2**30:.2f} GiB data; activations come on top"
     )
