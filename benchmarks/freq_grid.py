@@ -119,12 +119,17 @@ CHANGES = {
     "muon": {"optimizer": "muon"},
     "muon_high": {"optimizer": "muon", "learning_rate": 1.2e-3},
     "muon_higher": {"optimizer": "muon", "learning_rate": 2.4e-3},
+    "muon_highest": {"optimizer": "muon", "learning_rate": 4.8e-3},
     "batch_64": {"per_device_batch_size": 64},
     "tolerance_10": {"grid_tolerance": 0.1},
     "freq_gate": {"variant": "freq_gate"},
     "low_rank": {"modulation_rank": 48},
     "band_gate": {"variant": "band_gate", "modulation_rank": 48},
 }
+# What enters, tried together, and less boldly.
+CHANGES["together"] = {**CHANGES["muon_higher"], **CHANGES["swiglu"], **CHANGES["tolerance_10"]}
+CHANGES["together_03"] = {**CHANGES["together"], "grid_tolerance": 0.03}
+CHANGES["together_slow"] = {**CHANGES["together"], "learning_rate": 1.2e-3}
 ARMS |= {f"recipe_{name}": {**GRID, **change} for name, change in CHANGES.items()}
 # At equal images, for as many steps as the full grid has.
 IMAGES = ["freq_grid", "freq_grid_02", "freq_grid_10", "freq_grid_priced", "large_patches", "whole_patch_head"]
