@@ -15,7 +15,17 @@ import yaml
 from tiny_runs import MODEL, ROOT, is_drawn, reset_accelerate, train
 
 from freqgate_dit.statistics import paired_difference
-from freqgate_dit.training.compare import Job, code_digest, gpu_names, main, part_of_cores, run_all, training_job
+from freqgate_dit.training.compare import (
+    Comparison,
+    Job,
+    code_digest,
+    gpu_names,
+    main,
+    part_of_cores,
+    run_all,
+    training_job,
+)
+from freqgate_dit.training.config import parse_config, recipe_for
 from freqgate_dit.training.evaluation import main as evaluate
 from freqgate_dit.training.matching import nearest
 
@@ -208,6 +218,15 @@ def test_the_shipped_comparisons_are_valid(path, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"| {yaml.safe_load(path.read_text())['baseline']} | " in printed
     assert printed.count("python training/train.py") >= 4
+
+
+def test_an_arm_is_what_its_file_says_and_no_recipe():
+    common = {"dataset": "photos", "max_steps": 1}
+    arms = {"adaln": {"variant": "adaln_zero"}, "freq": {"variant": "freq_gate"}}
+    comparison = Comparison("adaln", [0, 1], common, arms)
+    for arm in arms:
+        words = comparison.arguments(arm, 0, Path("run"))
+        assert parse_config(words, recipe=recipe_for) == comparison.config(arm)
 
 
 def test_some_arms_are_compared_with_the_baseline(tmp_path, capsys):

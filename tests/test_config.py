@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from freqgate_dit.training.config import SECTIONS, field_types, load_yaml, parse_config
+from freqgate_dit.training.config import SECTIONS, field_types, load_yaml, parse_config, recipe_for
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
@@ -47,6 +47,36 @@ def test_the_committed_config_of_the_demo_still_starts_a_run():
 def test_presets_train_into_folders_of_their_own():
     assert len(PRESETS) >= 2
     assert len({load_yaml(path)["output_dir"] for path in PRESETS}) == len(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("given", "preset"),
+    [
+        ("--dataset photos", "photos64.yaml"),
+        ("--dataset photos --resolution 96", "photos64.yaml"),
+        ("--dataset photos --resolution 128", "photos128.yaml"),
+        ("--dataset photos --config none --max_steps 9", None),
+        ("--dataset photos --vae taesd --max_steps 9", None),
+        ("--max_steps 9", None),
+    ],
+)
+def test_images_in_pixels_are_trained_by_the_recipe_for_them(given, preset, capsys):
+    more = [*given.split(), "--learning_rate", "0.25"]
+    expected = ["--config", str(CONFIGS / preset)] if preset else []
+    assert parse_config(more, recipe=recipe_for) == parse_config([*expected, *more])
+    assert capsys.readouterr().out.count("photos") == bool(preset)  # it is said which recipe that is
+
+
+def test_the_recipe_is_one_at_every_size():
+    small, large = (load_yaml(CONFIGS / f"photos{size}.yaml") for size in (64, 128))
+    changed = {name for name in small | large if small.get(name) != large.get(name)}
+    assert changed == {"resolution", "patch_size", "output_dir"}
+    assert small["resolution"] / small["patch_size"] == large["resolution"] / large["patch_size"]  # as many tokens
+
+
+def test_a_recipe_gives_way_to_a_config(tmp_path):
+    path = write(tmp_path, "max_steps: 10\ndataset: photos\n")
+    assert parse_config(["--config", path], recipe=recipe_for) == parse_config(["--config", path])
 
 
 def test_command_line_beats_yaml_beats_default(tmp_path):

@@ -718,7 +718,8 @@ def local_parts(tmp_path_factory):
 def test_dry_run_of_preset(preset, tmp_path, monkeypatch, capsys, local_parts):
     monkeypatch.chdir(tmp_path)
     text = yaml.safe_load(preset.read_text())
-    local = {name: value for name, value in local_parts.items() if text.get(name) not in (None, "shapes_textures")}
+    named = {"dataset": "a folder of one's own", **text}
+    local = {name: value for name, value in local_parts.items() if named.get(name) not in (None, "shapes_textures")}
     arguments = ["--config", str(preset), "--dry_run", "--cpu_threads=1", "--mixed_precision=no"]
     main([*arguments, *(f"--{name}={value}" for name, value in local.items())])
     printed = capsys.readouterr().out
@@ -727,13 +728,15 @@ def test_dry_run_of_preset(preset, tmp_path, monkeypatch, capsys, local_parts):
         assert word in printed
     assert f"variant: {text['variant']}\n" in printed and VARIANTS[text["variant"]].__name__ in printed
     assert f"learning_rate: {text['learning_rate']}\n" in printed
-    if "dataset" in local:
+    if "heldout_per_class" in local:
         assert "  cat: 3 + 2\n  dog: 3 + 2\n  wild: 3 + 2\n" in printed
     # The number that is printed is the number of parameters of a model built from the preset alone.
     config = parse_config(arguments)
-    condition = {"pooled_projection_dim": 16} if text.get("condition") == "text" else {"num_classes": 64}
+    classes = {"num_classes": 3 if "dataset" in local else 64}
+    condition = {"pooled_projection_dim": 16} if text.get("condition") == "text" else classes
+    channels, size = (4, 16) if "vae" in text else (3, config.data.resolution)
     with torch.device("meta"):
-        model = config.model.build(4 if "vae" in text else 3, 16 if "vae" in text else 32, condition, config.objective)
+        model = config.model.build(channels, size, condition, config.objective)
     assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M" in printed
 
 

@@ -137,7 +137,7 @@ class Comparison:
     def arguments(self, arm: str, seed: int, folder: Path) -> list[str]:
         """The trainer's command line for one run in `folder`."""
         options = {name: value for name, value in self.arms[arm].items() if name not in ("match", "match_to")}
-        return words_of({**self.common, **options, "seed": seed, "output_dir": folder})
+        return words_of({"config": None, **self.common, **options, "seed": seed, "output_dir": folder})
 
     def config(self, arm: str, **options) -> TrainingRun:
         """What the trainer would make of the arm, with further `options`."""

@@ -1,13 +1,15 @@
 """Every knob of a training run, in one typed place: dataclasses, filled from YAML and the command line.
 
 A field's name is its YAML key and its command-line flag. `parse_config` merges defaults, the YAML file and the command
-line, in this order; `TrainingRun.save` writes what came out, and that file starts the same run again.
+line, in this order; `TrainingRun.save` writes what came out, and that file starts the same run again. `recipe_for` is
+the file of those who give none.
 """
 
 import argparse
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from transformers import HfArgumentParser
 from freqgate_dit.band_weights import BAND_WEIGHTS
 from freqgate_dit.losses import PREDICTION_TYPES, TIMESTEP_SAMPLING
 from freqgate_dit.samplers import SAMPLERS
-from freqgate_dit.training.data import DataConfig
+from freqgate_dit.training.data import BUILT_IN, DataConfig
 from freqgate_dit.training.ema import EMAProfile
 from freqgate_dit.transformer_freqgate_dit import (
     ACTIVATIONS,
@@ -491,8 +493,26 @@ def none_or(convert: Callable, text: str):
     return None if text.lower() == "none" else convert(text)
 
 
-def parse_config(arguments: list[str] | None = None, description: str | None = None) -> TrainingRun:
+PRESETS = Path(__file__).parent / "configs"
+
+
+def recipe_for(given: argparse.Namespace) -> Path | None:
+    """The preset for one's own images in pixels, by the options of the command line; `None` for other data."""
+    if given.vae or given.dataset == BUILT_IN:
+        return None
+    return PRESETS / ("photos64.yaml" if given.resolution < 128 else "photos128.yaml")
+
+
+def parse_config(
+    arguments: list[str] | None = None,
+    description: str | None = None,
+    recipe: Callable[[argparse.Namespace], Path | None] | None = None,
+) -> TrainingRun:
     """Defaults, then the YAML file of `--config`, then the command line.
+
+    Args:
+        recipe: the file in place of `--config`, where that is not given (`--config none` does without): of the options
+            as parsed so far.
 
     Raises:
         ValueError: for an unknown key or a value out of range; names the key and what to do.
@@ -506,7 +526,11 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="YAML file of these options; the command line overrides it.")
+    parser.add_argument(
+        "--config",
+        help="YAML file of these options; the command line overrides it. Without one, images of your own are trained "
+        "in pixels by the preset photos64.yaml, from 128 px on photos128.yaml; 'none' for the defaults below.",
+    )
     types = field_types()
     for action in parser._actions:
         # `--vae none` takes back what a YAML file has set.
@@ -514,8 +538,11 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
             action.type = partial(none_or, action.type)
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_known_args(arguments)[0]
-    if given.config:
-        defaults = load_yaml(given.config)
+    file = given.config
+    if file is None and recipe and (file := recipe(given)) and os.environ.get("RANK", "0") == "0":
+        print(f"recipe: the preset {file.name}, as no --config is given")
+    if file and file != "none":
+        defaults = load_yaml(file)
         if given.max_steps is not None or given.num_epochs is not None:
             # Two spellings of one thing: the command line's replaces the file's.
             defaults = {name: value for name, value in defaults.items() if name not in ("max_steps", "num_epochs")}

@@ -40,7 +40,7 @@ from freqgate_dit.training.checkpoints import (
     step_of,
 )
 from freqgate_dit.training.conditions import load_condition
-from freqgate_dit.training.config import TrainingRun, parse_config
+from freqgate_dit.training.config import TrainingRun, parse_config, recipe_for
 from freqgate_dit.training.cost import describe_cost, describe_ladder
 from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_images
 from freqgate_dit.training.ema import WeightAverages
@@ -636,7 +636,7 @@ class Trainer:
 
 def main(arguments: list[str] | None = None):
     try:
-        config = parse_config(arguments, description=__doc__)
+        config = parse_config(arguments, description=__doc__, recipe=recipe_for)
         trainer = Trainer(config)
         if config.train.dry_run:
             trainer.print("dry run: nothing was trained or written")
