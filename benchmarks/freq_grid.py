@@ -130,6 +130,10 @@ CHANGES = {
 CHANGES["together"] = {**CHANGES["muon_higher"], **CHANGES["swiglu"], **CHANGES["tolerance_10"]}
 CHANGES["together_03"] = {**CHANGES["together"], "grid_tolerance": 0.03}
 CHANGES["together_slow"] = {**CHANGES["together"], "learning_rate": 1.2e-3}
+# At equal seconds, by a `--budget` of each: Muon's own products are no forward pass.
+CHANGES["together_adamw"] = {**CHANGES["together"], "optimizer": "adamw"}
+CHANGES["together_adamw_slow"] = {**CHANGES["together_adamw"], "learning_rate": 1.2e-3}
+CHANGES["together_64"] = {**CHANGES["together"], "per_device_batch_size": 64}
 ARMS |= {f"recipe_{name}": {**GRID, **change} for name, change in CHANGES.items()}
 # At equal images, for as many steps as the full grid has.
 IMAGES = ["freq_grid", "freq_grid_02", "freq_grid_10", "freq_grid_priced", "large_patches", "whole_patch_head"]

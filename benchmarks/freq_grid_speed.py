@@ -1,9 +1,10 @@
-"""Seconds of a training step with Freq-Grid, on the full grid, and of diffusers' DiT in a plain loop, in turn.
+"""Seconds of a training step of arms of freq_grid.py, in turn, and their ratio to the last arm's.
 
     python benchmarks/freq_grid_speed.py --data cats64 --data_dir ../shared/data --out results/freq_grid_speed.json
 
 On one thread of one process, whose own CPU time counts: a machine that other work shares slows all alike. With the
-steps that each takes to an error (freq_grid_report.py) it gives the ratio of seconds to equal error.
+steps that each takes to an error (freq_grid_report.py) it gives the ratio of seconds to equal error. By default
+Freq-Grid, the full grid, and diffusers' DiT in a plain loop.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from freq_grid import DATA, Run, reset, words
+from freq_grid import ARMS, DATA, Run, reset, words
 from freq_grid_peer import DiffusersLoop
 from output import print_table, write_result
 
@@ -24,7 +25,7 @@ from freqgate_dit.training.config import parse_config
 def make_steps(options: argparse.Namespace) -> dict[str, tuple[Callable[[int], None], int]]:
     """By arm: what takes the step of a number, and its images."""
     steps = {}
-    for arm in ("freq_grid", "full_grid", "diffusers"):
+    for arm in options.arms:
         reset()
         given = words(options.data, arm, 0, options, options.out / arm, max_steps=1, num_validation_images=8)
         run = Run(parse_config(given), budget=90e12)
@@ -48,6 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, required=True)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of the parquet files")
+    parser.add_argument("--arms", nargs="+", default=["freq_grid", "full_grid", "diffusers"], choices=ARMS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="of each arm in a round")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -68,16 +70,18 @@ def main():
                 seconds[arm] = (time.process_time() - start) / options.steps
             rounds.append(seconds)
     medians = {arm: statistics.median(one[arm] for one in rounds) for arm in arms}
+    last = options.arms[-1]
+    ratios = {arm: statistics.median(one[arm] / one[last] for one in rounds) for arm in arms}
     result = {
         "data": options.data,
         "images_per_step": {arm: images for arm, (_, images) in arms.items()},
         "cpu_seconds_per_step": medians,
-        "of_diffusers": {arm: statistics.median(one[arm] / one["diffusers"] for one in rounds) for arm in arms},
+        f"of_{last}": ratios,
         "rounds": rounds,
         "torch": torch.__version__,
     }
-    rows = {arm: [f"{medians[arm]:.3f}", f"{result['of_diffusers'][arm]:.3f}"] for arm in arms}
-    print_table("CPU seconds of a training step", ["seconds", "of diffusers' loop"], rows, "arm")
+    rows = {arm: [f"{medians[arm]:.3f}", f"{ratios[arm]:.3f}"] for arm in arms}
+    print_table("CPU seconds of a training step", ["seconds", f"of {last}"], rows, "arm")
     write_result(result, file)
 
 
