@@ -106,7 +106,7 @@ ARMS = {
     "full_grid_plain": {},
     "diffusers": {},
 }
-# What the recipe for real images is chosen from (10 in results/EXPERIMENTS.md): `recipe_base`, and one change each.
+# What the recipe for real images is chosen from (10 in results/EXPERIMENTS.md): one change each, and several together.
 CHANGES = {
     "base": {},
     "logit_mean_low": {"logit_mean": -0.7},

@@ -25,7 +25,7 @@ from freqgate_dit.training.compare import (
     run_all,
     training_job,
 )
-from freqgate_dit.training.config import parse_config, recipe_for
+from freqgate_dit.training.config import parse_config, preset_for
 from freqgate_dit.training.evaluation import main as evaluate
 from freqgate_dit.training.matching import nearest
 
@@ -220,13 +220,13 @@ def test_the_shipped_comparisons_are_valid(path, tmp_path, capsys):
     assert printed.count("python training/train.py") >= 4
 
 
-def test_an_arm_is_what_its_file_says_and_no_recipe():
+def test_an_arm_is_what_its_file_says_and_no_preset():
     common = {"dataset": "photos", "max_steps": 1}
     arms = {"adaln": {"variant": "adaln_zero"}, "freq": {"variant": "freq_gate"}}
     comparison = Comparison("adaln", [0, 1], common, arms)
     for arm in arms:
         words = comparison.arguments(arm, 0, Path("run"))
-        assert parse_config(words, recipe=recipe_for) == comparison.config(arm)
+        assert parse_config(words, preset=preset_for) == comparison.config(arm)
 
 
 def test_some_arms_are_compared_with_the_baseline(tmp_path, capsys):

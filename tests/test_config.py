@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from freqgate_dit.training.config import SECTIONS, field_types, load_yaml, parse_config, recipe_for
+from freqgate_dit.training.config import SECTIONS, field_types, load_yaml, parse_config, preset_for
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
@@ -56,27 +56,48 @@ def test_presets_train_into_folders_of_their_own():
         ("--dataset photos --resolution 96", "photos64.yaml"),
         ("--dataset photos --resolution 128", "photos128.yaml"),
         ("--dataset photos --config none --max_steps 9", None),
+        ("--dataset photos --config None --max_steps 9", None),
         ("--dataset photos --vae taesd --max_steps 9", None),
+        ("--dataset photos --init_from runs/other --max_steps 9", None),
         ("--max_steps 9", None),
     ],
 )
-def test_images_in_pixels_are_trained_by_the_recipe_for_them(given, preset, capsys):
+def test_images_in_pixels_are_trained_by_a_preset(given, preset, capsys):
     more = [*given.split(), "--learning_rate", "0.25"]
     expected = ["--config", str(CONFIGS / preset)] if preset else []
-    assert parse_config(more, recipe=recipe_for) == parse_config([*expected, *more])
-    assert capsys.readouterr().out.count("photos") == bool(preset)  # it is said which recipe that is
+    assert parse_config(more, preset=preset_for) == parse_config([*expected, *more])
+    assert capsys.readouterr().out.count("photos") == bool(preset)  # it is said which one that is
 
 
-def test_the_recipe_is_one_at_every_size():
+def test_one_process_says_which_preset(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    parse_config(["--dataset", "photos"], preset=preset_for)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_preset_is_one_recipe_at_every_size():
     small, large = (load_yaml(CONFIGS / f"photos{size}.yaml") for size in (64, 128))
     changed = {name for name in small | large if small.get(name) != large.get(name)}
     assert changed == {"resolution", "patch_size", "output_dir"}
     assert small["resolution"] / small["patch_size"] == large["resolution"] / large["patch_size"]  # as many tokens
 
 
-def test_a_recipe_gives_way_to_a_config(tmp_path):
+@pytest.mark.parametrize("folder", ["runs/mine", None])
+def test_a_run_goes_on_with_its_own_options_where_none_are_given(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset", "photos", "--resume", "auto", *(["--output_dir", folder] if folder else [])]
+    first = parse_config([*words, "--qk_norm", "true"], preset=preset_for)
+    Path(first.train.output_dir).mkdir(parents=True)
+    first.save(Path(first.train.output_dir) / "config.yaml")
+    assert parse_config(words, preset=preset_for) == first
+    assert not parse_config(
+        [word for word in words if word not in ("--resume", "auto")], preset=preset_for
+    ).model.qk_norm
+
+
+def test_a_preset_gives_way_to_a_config(tmp_path):
     path = write(tmp_path, "max_steps: 10\ndataset: photos\n")
-    assert parse_config(["--config", path], recipe=recipe_for) == parse_config(["--config", path])
+    assert parse_config(["--config", path], preset=preset_for) == parse_config(["--config", path])
 
 
 def test_command_line_beats_yaml_beats_default(tmp_path):

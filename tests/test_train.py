@@ -740,6 +740,14 @@ def test_dry_run_of_preset(preset, tmp_path, monkeypatch, capsys, local_parts):
     assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M" in printed
 
 
+def test_images_of_ones_own_are_trained_by_the_preset(tmp_path, capsys):
+    words = ["--dataset", str(photos(tmp_path / "photos")), "--dry_run", "--cpu_threads=1", "--mixed_precision=no"]
+    main(words)
+    printed = capsys.readouterr().out
+    for name, value in yaml.safe_load((ROOT / "training/configs/photos64.yaml").read_text()).items():
+        assert f"{name}: {str(value).lower() if value is True else value}\n" in printed
+
+
 # -- as a command -----------------------------------------------------------------------------------------------------
 
 

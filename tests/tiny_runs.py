@@ -34,6 +34,7 @@ MODEL = {
 }
 # What a run of it needs; validation, previews and checkpoints come only at the end.
 TINY = {
+    "config": "none",
     **MODEL,
     "max_steps": 8,
     "learning_rate": 3e-3,

@@ -1,7 +1,7 @@
 """Every knob of a training run, in one typed place: dataclasses, filled from YAML and the command line.
 
 A field's name is its YAML key and its command-line flag. `parse_config` merges defaults, the YAML file and the command
-line, in this order; `TrainingRun.save` writes what came out, and that file starts the same run again. `recipe_for` is
+line, in this order; `TrainingRun.save` writes what came out, and that file starts the same run again. `preset_for` is
 the file of those who give none.
 """
 
@@ -496,23 +496,27 @@ def none_or(convert: Callable, text: str):
 PRESETS = Path(__file__).parent / "configs"
 
 
-def recipe_for(given: argparse.Namespace) -> Path | None:
-    """The preset for one's own images in pixels, by the options of the command line; `None` for other data."""
-    if given.vae or given.dataset == BUILT_IN:
+def preset_for(given: argparse.Namespace) -> Path | None:
+    """The options of those who give no `--config`: of one's own images in pixels a preset, or, where they go on with a
+    run, that run's; `None` for other data and for fine-tuning, whose model is the source's."""
+    if given.vae or given.init_from or given.dataset == BUILT_IN:
         return None
-    return PRESETS / ("photos64.yaml" if given.resolution < 128 else "photos128.yaml")
+    preset = PRESETS / ("photos64.yaml" if given.resolution < 128 else "photos128.yaml")
+    named = given.output_dir != default_values()["output_dir"]
+    run = Path(given.output_dir if named else load_yaml(preset)["output_dir"]) / "config.yaml"
+    return run if given.resume and run.is_file() else preset
 
 
 def parse_config(
     arguments: list[str] | None = None,
     description: str | None = None,
-    recipe: Callable[[argparse.Namespace], Path | None] | None = None,
+    preset: Callable[[argparse.Namespace], Path | None] | None = None,
 ) -> TrainingRun:
     """Defaults, then the YAML file of `--config`, then the command line.
 
     Args:
-        recipe: the file in place of `--config`, where that is not given (`--config none` does without): of the options
-            as parsed so far.
+        preset: gives the file in place of `--config`, where that is not given (`--config none` does without), from the
+            options of the command line.
 
     Raises:
         ValueError: for an unknown key or a value out of range; names the key and what to do.
@@ -539,9 +543,11 @@ def parse_config(
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_known_args(arguments)[0]
     file = given.config
-    if file is None and recipe and (file := recipe(given)) and os.environ.get("RANK", "0") == "0":
-        print(f"recipe: the preset {file.name}, as no --config is given")
-    if file and file != "none":
+    if file is None and preset and (file := preset(given)) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"no --config is given: options are those of {file.parent.name}/{file.name}; '--config none' does without"
+        )
+    if file and str(file).lower() != "none":
         defaults = load_yaml(file)
         if given.max_steps is not None or given.num_epochs is not None:
             # Two spellings of one thing: the command line's replaces the file's.

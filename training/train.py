@@ -1,10 +1,11 @@
 """Train a DiT variant and save it as a pipeline folder.
 
+    accelerate launch training/train.py --dataset path/to/images
     accelerate launch training/train.py --config training/configs/demo.yaml
-    accelerate launch training/train.py --dataset path/to/images --resolution 64 --max_steps 20000
 
-Every option can stand in the YAML file or on the command line, under the same name. `--dry_run` shows what a run would
-do and stops; `--resume latest` goes on with the newest complete checkpoint of `output_dir`.
+Every option can stand in the YAML file or on the command line, under the same name. Without a file your own images are
+trained in pixels by the preset photos64.yaml, from `--resolution 128` on by photos128.yaml. `--dry_run` shows what a
+run would do and stops; `--resume latest` goes on with the newest complete checkpoint of `output_dir`.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from freqgate_dit.training.checkpoints import (
     step_of,
 )
 from freqgate_dit.training.conditions import load_condition
-from freqgate_dit.training.config import TrainingRun, parse_config, recipe_for
+from freqgate_dit.training.config import TrainingRun, parse_config, preset_for
 from freqgate_dit.training.cost import describe_cost, describe_ladder
 from freqgate_dit.training.data import BUILT_IN, LabelledImages, describe, load_images
 from freqgate_dit.training.ema import WeightAverages
@@ -636,7 +637,7 @@ class Trainer:
 
 def main(arguments: list[str] | None = None):
     try:
-        config = parse_config(arguments, description=__doc__, recipe=recipe_for)
+        config = parse_config(arguments, description=__doc__, preset=preset_for)
         trainer = Trainer(config)
         if config.train.dry_run:
             trainer.print("dry run: nothing was trained or written")
