@@ -748,6 +748,12 @@ def test_images_of_ones_own_are_trained_by_the_preset(tmp_path, capsys):
         assert f"{name}: {str(value).lower() if value is True else value}\n" in printed
 
 
+@pytest.mark.parametrize(("steps", "told"), [(7, True), (8, False)])
+def test_a_warm_up_that_never_ends_is_told(options, capsys, steps, told):
+    main([*options(warmup_steps=7, max_steps=steps), "--dry_run"])
+    assert ("`warmup_steps` 7" in capsys.readouterr().out) == told
+
+
 # -- as a command -----------------------------------------------------------------------------------------------------
 
 

@@ -17,12 +17,12 @@ def describe_cost(model: torch.nn.Module, data_bytes: int, images_seen: int, num
     parameters, flops = count_parameters(model), flops_per_forward(model)
     views = model.config.grid_views > 1
     run = " on the full grid" if views else f"\nwhole run       {_run(model, flops, images_seen)}"
-    # float32 weights, gradients, two AdamW moments, averages.
+    # float32 weights, gradients, two moments (Muon has one), averages.
     state_bytes = 4 * (4 + num_averages) * parameters
     return (
         f"parameters      {parameters / 1e6:.2f} M ({type(model).__name__})\n"
         f"FLOPs per image {flops / 1e9:.2f} G forward, {3 * flops / 1e9:.2f} G in training{run}\n"
-        f"memory          {state_bytes / 2**30:.2f} GiB weights, gradients, AdamW, averages; "
+        f"memory          {state_bytes / 2**30:.2f} GiB weights, gradients, moments, averages; "
         f"{data_bytes / 2**30:.2f} GiB data; activations come on top"
     )
 

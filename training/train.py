@@ -220,6 +220,11 @@ class Trainer:
             f"compile {'on' if train.compile else 'off'}",
             sep="\n",
         )
+        if train.warmup_steps >= self.total_steps:
+            self.print(
+                f"note: warm-up (`warmup_steps` {train.warmup_steps}) takes all of these {self.total_steps} steps: the "
+                "learning rate never reaches its peak"
+            )
 
     def _estimate_ladder(self, images: LabelledImages):
         if self.config.model.grid_views == 1:
