@@ -222,7 +222,7 @@ class Trainer:
         )
         if train.warmup_steps >= self.total_steps:
             self.print(
-                f"note: warm-up (`warmup_steps` {train.warmup_steps}) takes all of these {self.total_steps} steps: the "
+                f"note: warm-up (`warmup_steps` {train.warmup_steps}) takes all {self.total_steps} steps: the "
                 "learning rate never reaches its peak"
             )
 
