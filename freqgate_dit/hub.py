@@ -40,6 +40,7 @@ from freqgate_dit.pipeline_folder import (
     refuse_incomplete_repository,
     refuse_other_pipeline,
     refuse_without_index,
+    split_strange,
     weights_variant,
 )
 
@@ -63,8 +64,6 @@ DESCRIPTIONS = (
     "training_summary.json",
     "posthoc_ema.json",
 )
-# What is left behind by processes that died, and by Python.
-NOT_UPLOADED = ["*.tmp", "__pycache__/*", "*/__pycache__/*"]
 
 
 class HubError(OSError):
@@ -305,6 +304,9 @@ def push_folder(
 ) -> str:
     """Upload a pipeline folder as one commit, with retries. The repository is made if it is not there.
 
+    Uploaded is what a pipeline has: index, components, code, card, licence, how it was trained, evaluations, figures.
+    Whatever else lies in the folder stays here, and is named.
+
     The repository is this pipeline afterwards: weights of the same variant in another format go, and with other
     weights also figures and measurements that the folder does not have. A card that somebody has edited is kept, in
     the folder or else in the repository; otherwise the card is made anew, with the repository's name.
@@ -317,17 +319,22 @@ def push_folder(
         token: by default that of `hf auth login` or HF_TOKEN.
         tag: name that the commit gets in the repository, for `revision`; an older tag of the name is moved.
         branch: to commit to instead of `main`; it is made if it is not there.
-        tell: is called with a sentence before each retry.
+        tell: is called with a sentence before each retry, and with what is left out.
 
     Returns:
         Address of the repository, or of the pull request.
 
     Raises:
-        ValueError: if the folder holds no pipeline, or `repo_id` cannot be the name of a repository.
+        ValueError: if the folder holds no pipeline or a link that leaves it, or `repo_id` cannot be the name of a
+            repository.
         HubError: if the Hub refuses, or still cannot be reached after the last retry.
     """
     folder = Path(folder)
     check_to_push(folder)
+    _, strange = split_strange(folder)
+    if strange:
+        more = f" and {len(strange) - 10} more" if len(strange) > 10 else ""
+        tell(f"not uploaded, since no pipeline has them: {', '.join(strange[:10])}{more}")
     api = HfApi(token=token)
 
     def upload() -> str:
@@ -347,7 +354,8 @@ def push_folder(
                 commit_message=commit_message or "Upload FreqGateDiTPipeline",
                 create_pr=create_pr,
                 revision=branch,
-                ignore_patterns=NOT_UPLOADED if with_card else [*NOT_UPLOADED, "README.md"],
+                allow_patterns=[glob.escape(name) for name in split_strange(folder)[0]],
+                ignore_patterns=None if with_card else ["README.md"],
                 delete_patterns=[glob.escape(name) for name in outdated] or None,
             )
         except RuntimeError as error:  # in which the client wraps what went wrong with one file
@@ -363,7 +371,7 @@ def push_folder(
 
 def outdated_files(folder: Path, there: dict[str, object]) -> list[str]:
     """Of the files of a repository (path -> what is known of LFS) those that a push of `folder` makes wrong."""
-    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    here = set(split_strange(folder)[0])
     outdated = []
     for component in {name.split("/")[0] for name in here if "/" in name and name.endswith(WEIGHTS)}:
         variants = {weights_variant(name) for name in here if name.startswith(f"{component}/") and is_weights(name)}

@@ -27,6 +27,21 @@ SMALL_FILES = (".json", ".txt", ".model")
 WEIGHTS = (".safetensors", ".bin")
 
 
+# What else a pipeline folder has: what it is, how it was trained, what was measured, and its pictures.
+OWN_FILES = (
+    INDEX,
+    "README.md",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "analysis.json",
+    "posthoc_ema.json",
+    "training_config.yaml",
+    "training_summary.json",
+)
+OWN_FOLDERS = {"evaluation": ".json", "figures": ".png"}
+
+
 class DamagedPipelineError(OSError):
     """Files of a pipeline are missing or cut short."""
 
@@ -58,6 +73,43 @@ def files_to_load(
     if code:
         kept += [name for name in files if name.endswith(".py")]
     return kept
+
+
+def split_strange(folder: Path) -> tuple[list[str], list[str]]:
+    """Files of a pipeline folder, as paths in it: those that a pipeline has, and all others.
+
+    Raises:
+        ValueError: if one of a pipeline's is a link that leaves the folder.
+    """
+    index = read_json(folder / INDEX)
+    components = component_classes(index)
+    for name in (*components, *OWN_FOLDERS):
+        _refuse_link(folder, name)
+    code = {f"{name}/{library}.py" for name, (library, _) in components.items()}
+    if isinstance(index["_class_name"], list):
+        code.add(f"{index['_class_name'][0]}.py")
+    known, strange = [], []
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        place, _, file = name.rpartition("/")
+        is_known = (
+            (not place and file in OWN_FILES)
+            or name in code
+            or (place in components and file.endswith((*SMALL_FILES, *WEIGHTS)) and not file.startswith("."))
+            or any(place == own and file.endswith(suffix) for own, suffix in OWN_FOLDERS.items())
+        )
+        if is_known:
+            _refuse_link(folder, name)
+        (known if is_known else strange).append(name)
+    return known, strange
+
+
+def _refuse_link(folder: Path, name: str):
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{name} in {str(folder)!r} is a link to a place outside of it: put a copy there (`cp -rL` makes a folder "
+            "without links)."
+        )
 
 
 def weights_variant(name: str) -> str | None:

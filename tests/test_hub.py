@@ -518,6 +518,47 @@ def test_a_damaged_cache_is_repaired_as_its_error_says(hub, tmp_path):
         assert_same_tensors(load(**again).transformer.state_dict(), pipe.transformer.state_dict())
 
 
+# -- what is pushed ---------------------------------------------------------------------------------------------------
+
+
+def test_only_what_a_pipeline_has_is_pushed(hub, tmp_path, capsys):
+    folder = saved(tmp_path)
+    push_folder(folder, "ana/alone")
+    secrets = (
+        ".env",
+        ".netrc",
+        "notes.ipynb",
+        "transformer/.env.json",
+        "transformer/key.pem",
+        "figures/a.csv",
+        "x.py",
+    )
+    for name in secrets:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    add_evaluation(folder, "fid", EVALUATION)
+    (folder / "LICENSE").write_text("free")
+    told = []
+    push_folder(folder, "ana/dit", tell=told.append)
+    pushed = set(hub.repos["ana/dit"].files())
+    assert pushed == {*hub.repos["ana/alone"].files(), "LICENSE", "evaluation/fid.json"}
+    assert all(name in told[0] for name in secrets) and "LICENSE" not in told[0] and len(told) == 1
+    assert all((folder / name).read_text() == "secret" for name in secrets)
+
+
+@pytest.mark.parametrize("name", ["transformer/config.json", "transformer", "figures"])
+def test_no_link_out_of_a_folder_is_pushed(name, hub, tmp_path):
+    folder, outside = saved(tmp_path), tmp_path / "outside"
+    if (folder / name).exists():
+        (folder / name).rename(outside)
+    else:
+        outside.mkdir()
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=f"{name} .*is a link"):
+        push_folder(folder, "ana/dit")
+    assert "ana/dit" not in hub.repos
+
+
 # -- the card ---------------------------------------------------------------------------------------------------------
 
 
