@@ -334,13 +334,14 @@ def convert(options: argparse.Namespace):
         raise ValueError(f"FOLDER ({options.folder}) is there already: name a new or an empty folder.")
     from freqgate_dit.convert import freq_gate_from_adaln_zero
     from freqgate_dit.files import replace_folder
+    from freqgate_dit.pipeline_folder import INDEX
 
     hide_loading_bars()
     is_file = options.source.endswith((".pt", ".pth", ".safetensors"))
     pipe = read_official(options) if is_file else read_dit_pipeline(options)
     if options.variant == "freq_gate":
         pipe.register_modules(transformer=freq_gate_from_adaln_zero(pipe.transformer))
-    replace_folder(folder, pipe.save_pretrained)
+    replace_folder(folder, pipe.save_pretrained, INDEX)
     millions = pipe.transformer.num_parameters() / 1e6
     print(f"wrote {options.folder}: {type(pipe.transformer).__name__}, {millions:.1f} M parameters")
     if pipe.vae is None:

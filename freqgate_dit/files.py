@@ -1,8 +1,10 @@
 """Files and folders that are there whole or not at all, whenever the process dies."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -56,21 +58,27 @@ def read_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Fill `FOLDER.tmp` with `write`, then give it its name. What has that name already stays if anything fails.
+def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> None:
+    """Fill a new folder with `write`, then give it the name `folder`. What has that name stays if anything fails.
 
-    It is moved to `FOLDER.replaced` for the moment between two renames, and deleted after: a process that dies there
-    leaves it under that name.
+    It is moved to `FOLDER.<8 digits>.replaced` for the moment between two renames, and deleted after: a process that
+    dies there leaves it under that name.
+
+    Args:
+        mark: a file that every folder has which `write` has filled. Another one is not replaced.
+
+    Raises:
+        FileExistsError: if there is a folder without the mark that is not empty.
     """
-    temporary, replaced = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("tmp", "replaced"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    refuse_to_replace(folder, mark)
+    name = f"{folder.name}.{uuid.uuid4().hex[:8]}"
+    temporary, replaced = (folder.with_name(f"{name}.{suffix}") for suffix in ("tmp", "replaced"))
     try:
         temporary.mkdir(parents=True)
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
             os.replace(folder, replaced)
         os.replace(temporary, folder)
         sync(folder.parent)
@@ -80,6 +88,30 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
             os.replace(replaced, folder)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def refuse_to_replace(folder: Path, mark: str) -> None:
+    """Raise `FileExistsError` for a folder that is there, and neither empty nor marked."""
+    if folder.exists() and not (folder / mark).is_file() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} would be replaced, but was not written by this package (it has no {mark}): move it away, or "
+            "name another place."
+        )
+
+
+def left_behind(folder: Path, names: str) -> list[Path]:
+    """What writers that died have left in `folder`: of files and folders whose name matches the pattern `names`."""
+    pattern = re.compile(rf"(?:{names})\.[0-9a-f]{{8}}\.(?:tmp|replaced)")
+    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def delete_written(folder: Path, names: str) -> None:
+    """Delete the files in `folder` whose names match the pattern `names`, and the folder if it is empty then."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(names, path.name) and not path.is_dir():
+            path.unlink()
+    with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def sync(path: Path):

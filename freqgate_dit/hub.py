@@ -38,6 +38,7 @@ from freqgate_dit.pipeline_folder import (
     is_weights,
     refuse_incomplete,
     refuse_incomplete_repository,
+    refuse_links,
     refuse_other_pipeline,
     refuse_without_index,
     split_strange,
@@ -331,6 +332,7 @@ def push_folder(
     """
     folder = Path(folder)
     check_to_push(folder)
+    refuse_links(folder)
     _, strange = split_strange(folder)
     if strange:
         more = f" and {len(strange) - 10} more" if len(strange) > 10 else ""

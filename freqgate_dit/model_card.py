@@ -15,7 +15,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from freqgate_dit.files import write_text
-from freqgate_dit.pipeline_folder import weights_variant
+from freqgate_dit.pipeline_folder import CARD, weights_variant
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE
 from freqgate_dit.scheduling_spectral_euler import SpectralEulerDiscreteScheduler
 from freqgate_dit.summary import PipelineSummary, metric_text, plain, precision_text, read_summary
@@ -51,11 +51,23 @@ LICENSES = """
 """.split()
 
 
-def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None) -> Path:
-    """Write `README.md` into a pipeline folder, whole or not at all. Arguments and errors are `render_card`'s."""
-    path = Path(folder) / "README.md"
+def write_card(folder: str | Path, repo_id: str | None = None, name: str | None = None) -> bool:
+    """Write `README.md` into a pipeline folder, whole or not at all. Arguments and errors are `render_card`'s.
+
+    Returns:
+        Whether it was written: a card that somebody has edited stays as it is.
+    """
+    path = Path(folder) / CARD
+    if path.exists() and not is_generated(path.read_text(encoding="utf-8")):
+        return False
     write_text(path, str(render_card(folder, repo_id, name)))
-    return path
+    return True
+
+
+def card_in_words(folder: Path) -> str:
+    """`write_card`, and what came of it."""
+    is_new = write_card(folder)
+    return f"the model card, {folder / CARD}, " + ("is made anew" if is_new else "was edited by hand, and stays")
 
 
 def is_generated(card: str) -> bool:

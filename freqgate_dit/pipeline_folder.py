@@ -15,6 +15,7 @@ from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline, __
 
 
 INDEX = "model_index.json"
+CARD = "README.md"
 # File of a repository, without .py -> where its classes are in this package.
 PACKAGE_MODULES = {
     "scheduling_spectral_euler": "freqgate_dit.scheduling_spectral_euler",
@@ -30,7 +31,7 @@ WEIGHTS = (".safetensors", ".bin")
 # What else a pipeline folder has: what it is, how it was trained, what was measured, and its pictures.
 OWN_FILES = (
     INDEX,
-    "README.md",
+    CARD,
     "LICENSE",
     "LICENSE.md",
     "LICENSE.txt",
@@ -76,15 +77,9 @@ def files_to_load(
 
 
 def split_strange(folder: Path) -> tuple[list[str], list[str]]:
-    """Files of a pipeline folder, as paths in it: those that a pipeline has, and all others.
-
-    Raises:
-        ValueError: if one of a pipeline's is a link that leaves the folder.
-    """
+    """Files of a pipeline folder, as paths in it: those that a pipeline has, and all others."""
     index = read_json(folder / INDEX)
     components = component_classes(index)
-    for name in (*components, *OWN_FOLDERS):
-        _refuse_link(folder, name)
     code = {f"{name}/{library}.py" for name, (library, _) in components.items()}
     if isinstance(index["_class_name"], list):
         code.add(f"{index['_class_name'][0]}.py")
@@ -98,18 +93,19 @@ def split_strange(folder: Path) -> tuple[list[str], list[str]]:
             or (place in components and file.endswith((*SMALL_FILES, *WEIGHTS)) and not file.startswith("."))
             or any(place == own and file.endswith(suffix) for own, suffix in OWN_FOLDERS.items())
         )
-        if is_known:
-            _refuse_link(folder, name)
         (known if is_known else strange).append(name)
     return known, strange
 
 
-def _refuse_link(folder: Path, name: str):
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{name} in {str(folder)!r} is a link to a place outside of it: put a copy there (`cp -rL` makes a folder "
-            "without links)."
-        )
+def refuse_links(folder: Path):
+    """Raise if what a pipeline has in `folder` is a link that leaves it."""
+    names = (*component_classes(read_json(folder / INDEX)), *OWN_FOLDERS, *split_strange(folder)[0])
+    for name in names:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{name} in {str(folder)!r} is a link to a place outside of it: put a copy there (`cp -rL` makes a "
+                "folder without links)."
+            )
 
 
 def weights_variant(name: str) -> str | None:

@@ -446,6 +446,9 @@ def test_a_section_is_made_anew_for_another_key(tmp_path):
         damage()
         section, is_new = keep_section(folder, "b", make)
         assert is_new and section.tables == {"t": [{"x": 1, "y": 0.5}]} and (folder / "t.parquet").is_file()
+    (folder / "mine.png").write_bytes(b"mine")
+    keep_section(folder, "c", lambda: Section("Other", [], tables={"u": [{"x": 1}]}))
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.png", "section.json", "u.json", "u.parquet"]
     section.tables["t"].append({"x": 2, "y": None})
     page = render_page("T", ["fact"], [section])
     assert "<td>-</td>" in page

@@ -163,19 +163,22 @@ def value_in(path):
 
 def test_leftovers_of_killed_saves_are_cleared(tmp_path):
     (path,) = save(tmp_path, 1)
-    for name in ("step_00000002.tmp", "step_00000003.tmp", "step_00000001.replaced"):
+    for name in ("step_00000002.0a1b2c3d.tmp", "step_00000003.0a1b2c3d.tmp", "step_00000001.0a1b2c3d.replaced"):
         shutil.copytree(path, tmp_path / name)
+    for name in ("step_00000002.tmp", "step_by_step.tmp"):  # not ours
+        (tmp_path / name).mkdir()
     save(tmp_path, 4)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_00000001", "step_00000004"]
+    names = ["step_00000001", "step_00000002.tmp", "step_00000004", "step_by_step.tmp"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("then", [lambda folder: find_checkpoint("latest", folder), lambda folder: save(folder, 6)])
 def test_a_replacement_killed_between_its_renames_is_undone(tmp_path, then):
     path = checkpoint(5, value=1.0).save(tmp_path, keep=2)
-    path.rename(tmp_path / "step_00000005.replaced")
-    shutil.copytree(tmp_path / "step_00000005.replaced", tmp_path / "step_00000005.tmp")
+    replaced = path.rename(tmp_path / "step_00000005.0a1b2c3d.replaced")
+    shutil.copytree(replaced, tmp_path / "step_00000005.0a1b2c3d.tmp")
     then(tmp_path)
-    assert value_in(path) == 1.0 and not (tmp_path / "step_00000005.replaced").exists()
+    assert value_in(path) == 1.0 and not replaced.exists()
 
 
 def unwritable(*arguments):

@@ -323,6 +323,10 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
     folder = tmp_path / "adaln_seed0"
     folder.mkdir()
     words = ["--max_steps", "1", "--dataset", str(tmp_path / "none"), "--output_dir", str(folder)]
+    with pytest.raises(FileExistsError, match="adaln_seed0 was not made by this comparison"):
+        training_job("adaln with seed 0", words, folder)
+    assert folder.exists()
+    Path(f"{folder}.code").write_text("one")
     job = training_job("adaln with seed 0", words, folder)
     assert "adaln with seed 0 was cut off before its first checkpoint" in capsys.readouterr().out
     assert not folder.exists() and "--resume" not in job.command

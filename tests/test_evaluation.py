@@ -252,6 +252,23 @@ def test_the_floor_of_the_autoencoder_and_images_of_latents(folder, options, tmp
     assert not (tmp_path / "out" / "samples").exists()  # no --keep_images
 
 
+def test_nothing_of_others_is_deleted_or_replaced(folder, options, tmp_path):
+    out = tmp_path / "out"
+    for name in ("samples/mine.txt", "samples/references/mine.txt", "images/mine.png"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    assert "images would be replaced, but was not written by this package" in refusal(options("keep_images"))
+    assert not (out / "protocol.json").exists()  # before anything was sampled
+    evaluate(options())
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    made = {"evaluation.json", "evaluation.md", "protocol.json", "samples.png"}
+    assert left == {"samples/mine.txt", "samples/references/mine.txt", "images/mine.png", *made}
+    shutil.rmtree(out / "images")
+    for _ in range(2):  # our own are replaced
+        evaluate(options("keep_images"))
+    assert (out / "images" / "protocol.json").is_file()
+
+
 def test_the_built_in_data_and_a_pipeline_without_classes(options, tmp_path):
     make_pipeline(tiny_transformer(num_classes=None, in_channels=3, sample_size=32, patch_size=8)).save_pretrained(
         tmp_path / "pipe"

@@ -20,7 +20,7 @@ from test_summary import EVALUATION, TRAINING, record_training, save_pipeline
 from tiny_runs import ROOT
 
 from freqgate_dit.evaluations import add_evaluation
-from freqgate_dit.model_card import escape, render_card, write_card
+from freqgate_dit.model_card import card_in_words, escape, render_card, write_card
 from freqgate_dit.training.config import parse_config
 
 
@@ -247,7 +247,7 @@ def test_a_card_that_lies_elsewhere_says_so(recorded):
 def test_cards_are_written_whole_or_not_at_all(recorded, tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(recorded, folder)
-    assert write_card(folder, "user/repo") == folder / "README.md"
+    assert write_card(folder, "user/repo")
     written = (folder / "README.md").read_text(encoding="utf-8")
     assert written == str(render_card(folder, "user/repo")) == str(ModelCard.load(folder / "README.md"))
     files = sorted(folder.rglob("*"))
@@ -255,6 +255,16 @@ def test_cards_are_written_whole_or_not_at_all(recorded, tmp_path):
     with pytest.raises(ValueError, match="training_summary.json is no valid JSON"):
         write_card(folder)
     assert (folder / "README.md").read_text(encoding="utf-8") == written and sorted(folder.rglob("*")) == files
+
+
+def test_a_card_that_was_edited_stays(recorded, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(recorded, folder)
+    assert write_card(folder) and "is made anew" in card_in_words(folder)
+    edited = (folder / "README.md").read_text(encoding="utf-8") + "\nmine\n"
+    (folder / "README.md").write_text(edited, encoding="utf-8")
+    assert not write_card(folder) and "was edited by hand, and stays" in card_in_words(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == edited
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

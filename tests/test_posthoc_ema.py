@@ -136,7 +136,7 @@ def test_snapshot_round_trip(tmp_path):
 
 def test_unfinished_files_are_ignored_and_damaged_ones_named(tmp_path):
     averages = make_snapshots(tmp_path, torch.nn.Linear(9, 9), (1, 2))
-    (tmp_path / "step_00000003.tmp").write_bytes(b"half")
+    (tmp_path / "step_00000003.safetensors.0a1b2c3d.tmp").write_bytes(b"half")
     assert [snapshot.step for snapshot in read_snapshots(tmp_path)] == [1, 2]
     whole = (tmp_path / "step_00000001.safetensors").read_bytes()
     for damaged in (whole[:-10], whole[:100], b""):

@@ -754,6 +754,39 @@ def test_a_warm_up_that_never_ends_is_told(options, capsys, steps, told):
     assert ("`warmup_steps` 7" in capsys.readouterr().out) == told
 
 
+@pytest.mark.parametrize("name", ["pipeline", "checkpoints", "previews", "metrics.jsonl"])
+def test_a_folder_with_something_else_is_refused(name, options, tmp_path):
+    place = tmp_path / "run" / name / "mine.txt" if "." not in name else tmp_path / "run" / name
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    message = refusal(options())
+    assert "`output_dir`" in message and f"holds {name}, which a run would replace" in message
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [place] and place.read_text() == "mine"
+
+
+def test_what_others_put_into_the_pipeline_stays(options, tmp_path):
+    main(options(max_steps=1))
+    pipeline = tmp_path / "run" / "pipeline"
+    card = (pipeline / "README.md").read_text(encoding="utf-8") + "mine\n"
+    (pipeline / "README.md").write_text(card, encoding="utf-8")
+    (pipeline / "notes").mkdir()
+    (pipeline / "notes" / "a.md").write_text("mine")
+    beside = [tmp_path / "run" / name for name in ("pipeline.tmp", "pipeline.replaced")]
+    for folder in beside:
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+    main(options(max_steps=2, resume="latest"))
+    assert (pipeline / "README.md").read_text(encoding="utf-8") == card
+    assert (pipeline / "notes" / "a.md").read_text() == "mine"
+    assert all((folder / "mine.txt").read_text() == "mine" for folder in beside)
+    assert (
+        json.loads((pipeline / "training_summary.json").read_text())["images_seen"]
+        == 2 * TINY["per_device_batch_size"]
+    )
+    (pipeline / "training_summary.json").unlink()
+    assert "pipeline would be replaced, but was not written" in refusal(options(max_steps=3, resume="latest"))
+
+
 # -- as a command -----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ The page begins with the claims that were tested and what came of each; `--updat
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from freqgate_dit.devices import choose_device
 from freqgate_dit.features import CACHE_DIR
 from freqgate_dit.files import digest, digest_of_sources, write_text
 from freqgate_dit.findings import Findings
-from freqgate_dit.model_card import write_card
+from freqgate_dit.model_card import card_in_words
 from freqgate_dit.shapes_textures import NUM_CLASSES, WORLDS
 from freqgate_dit.training import report
 from freqgate_dit.training.config import ASIDE
@@ -39,7 +38,7 @@ from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.generation import Model, check_card_folder, load_model, scheduler_arguments
 from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.report import OPTIONS, SECTIONS, Subject
-from freqgate_dit.training.report.page import Section, keep_section, render_page
+from freqgate_dit.training.report.page import Section, delete_section, keep_section, render_page
 
 
 LEAST = {"images": 2, "steps": 3, "pairs": 2, "levels": 3, "batch_size": 1, "seed": 0}
@@ -132,8 +131,7 @@ def update_card(given: argparse.Namespace, sections: list[Section], sampler: str
     protocol |= {"sampler": sampler, "guidance": "none", "dtype": str(model.dtype), "freqgate_dit": __version__}
     protocol["checkpoint"] = (model.weights["checkpoint"] or "not known")[:12]
     path = Findings(claims, protocol, command_of(given)).save(folder)
-    write_card(folder)
-    print(f"\nwrote the claims into {path} and the model card, {folder / 'README.md'}")
+    print(f"\nwrote the claims into {path}; {card_in_words(folder)}")
 
 
 def facts_of(
@@ -193,7 +191,7 @@ def run(given: argparse.Namespace):
         for name in progress:
             progress.set_postfix_str(name)
             if model.weights["checkpoint"] is None:  # weights that have no digest are never the same
-                shutil.rmtree(given.out / "sections" / name, ignore_errors=True)
+                delete_section(given.out / "sections" / name)
             options = [getattr(subject, option) for option in OPTIONS[name]]
             key = digest(name, code, model.weights, config, scheduler, options, subject.world, model.dtype)
             section, is_new = keep_section(given.out / "sections" / name, key, lambda: SECTIONS[name](subject))

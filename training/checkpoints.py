@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from freqgate_dit.files import replace_folder
+from freqgate_dit.files import left_behind, replace_folder
 
 
 MANIFEST = "manifest.json"
@@ -53,7 +54,7 @@ class Checkpoint:
         target = folder / f"step_{self.state['step']:08d}"
         try:
             _clear_up(folder)
-            replace_folder(target, self._write)
+            replace_folder(target, self._write, MANIFEST)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"checkpoint {target.name} could not be written ({error}). Complete ones are untouched: "
@@ -74,15 +75,15 @@ class Checkpoint:
 def _clear_up(folder: Path):
     """Delete what a killed save or rotation has left, of this step or of another."""
     _undo_unfinished_replacement(folder)
-    for leftover in [*folder.glob("step_*.tmp"), *folder.glob("step_*.replaced")]:
+    for leftover in left_behind(folder, NAME.pattern):
         shutil.rmtree(leftover, ignore_errors=True)  # what stays is in nobody's way
 
 
 def _undo_unfinished_replacement(folder: Path):
     """A run killed between the two renames of `replace_folder` has left its checkpoint under the other name."""
-    for replaced in folder.glob("step_*.replaced"):
-        target = replaced.with_suffix("")
-        if not target.exists():
+    for replaced in left_behind(folder, NAME.pattern):
+        target = folder / replaced.name.split(".")[0]
+        if replaced.suffix == ".replaced" and not target.exists():
             with suppress(FileNotFoundError):  # another process of the run was faster
                 os.replace(replaced, target)
 
@@ -100,7 +101,7 @@ def _rotate(folder: Path, newest: Path, keep: int, keep_every: int | None):
 def _delete(checkpoint: Path):
     """Its name goes first: killed in the middle, this leaves no half checkpoint. The next save deletes the rest."""
     with suppress(OSError):  # a folder that cannot be deleted is no reason to lose the run
-        doomed = checkpoint.with_suffix(".tmp")
+        doomed = checkpoint.with_name(f"{checkpoint.name}.{uuid.uuid4().hex[:8]}.tmp")
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
 

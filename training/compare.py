@@ -290,6 +290,8 @@ def training_job(name: str, words: list[str], folder: Path) -> Job:
     if checkpoint_folders(folder / "checkpoints"):
         words = [*words, "--resume", "latest"]
     elif folder.exists():
+        if not codes:
+            raise FileExistsError(f"{folder} was not made by this comparison: move it away, or name another `--out`.")
         print(f"{name} was cut off before its first checkpoint: deleting {folder}, starting again")
         shutil.rmtree(folder)
     return script_job(name, "train.py", words, folder)
@@ -299,7 +301,8 @@ def evaluation_job(name: str, options: dict, folder: Path, cores: Sequence[str] 
     """Start or go on with the evaluation of a trained run; one of other weights or options is deleted."""
     file, key = folder / "evaluation.key", evaluation_key(folder, options)
     if not file.is_file() or file.read_text(encoding="utf-8") != key:
-        shutil.rmtree(folder / "evaluation", ignore_errors=True)
+        if file.is_file():  # of other weights or options; what nobody has started here the evaluation itself refuses
+            shutil.rmtree(folder / "evaluation", ignore_errors=True)
         write_text(file, key)
     words = words_of({"pipeline": folder / "pipeline", **options, "out": folder / "evaluation"})
     return script_job(name, "evaluation.py", [*cores, *words], folder)

@@ -25,7 +25,7 @@ from freqgate_dit import FreqGateDiTPipeline, ShapesTextures, plots
 from freqgate_dit.analysis import mechanism_figures
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.evaluations import Evaluation, add_evaluation
-from freqgate_dit.model_card import write_card
+from freqgate_dit.model_card import card_in_words
 from freqgate_dit.samplers import describe_sampler
 from freqgate_dit.shapes_textures import NUM_CLASSES, STRUCTURES, TEXTURES
 from freqgate_dit.training.config import load_yaml
@@ -99,7 +99,7 @@ def denoising_strip(pipe: FreqGateDiTPipeline, labels: list[int], guidance_scale
 
 
 def publish(folder: Path, accuracy: dict, settings: dict, pictures: list[Path]):
-    """Put what was measured and drawn into the pipeline folder, and write its card anew."""
+    """Put what was measured and drawn into the pipeline folder."""
     reference = accuracy[REAL]
     metrics = [
         {"name": f"{factor} of {name}", "type": "accuracy", "value": value, "format": "percent"}
@@ -125,7 +125,6 @@ def publish(folder: Path, accuracy: dict, settings: dict, pictures: list[Path]):
     (folder / "figures").mkdir(exist_ok=True)
     for picture in pictures:
         shutil.copyfile(picture, folder / "figures" / picture.name)
-    write_card(folder)
 
 
 def main():
@@ -182,7 +181,7 @@ def main():
     for name, values in accuracy.items():
         print(f"{name:24}{values['structure']:9.1%}{values['texture']:9.1%}")
     print("\nwrote " + ", ".join(str(out / name) for name in written))
-    print(f"wrote the accuracies and pictures into the model card, {folder / 'README.md'}")
+    print(f"wrote the accuracies and pictures into the pipeline's folder; {card_in_words(folder)}")
 
 
 if __name__ == "__main__":

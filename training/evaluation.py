@@ -38,6 +38,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit.devices import DTYPES
 from freqgate_dit.features import CACHE_DIR
+from freqgate_dit.files import refuse_to_replace
 from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.comparison import SWEPT, Comparison
 from freqgate_dit.training.generation import check_card_folder
@@ -45,6 +46,7 @@ from freqgate_dit.training.hardware import use_all_cores
 from freqgate_dit.training.launching import PATIENCE
 from freqgate_dit.training.references import SPLITS
 from freqgate_dit.training.reporting import write_results
+from freqgate_dit.training.sample_folder import PROTOCOL
 
 
 # Where the pipeline is not told otherwise.
@@ -194,6 +196,8 @@ def check_arguments(given: argparse.Namespace):
         raise ValueError("`features_dtype` bfloat16 would make numbers that are no FID: leave it out for inception.")
     if given.update_card:
         check_card_folder(given.pipeline)
+    if given.keep_images:
+        refuse_to_replace(given.out / "images", PROTOCOL)
     given.sweep = parse_sweep(given) if given.sweep else None
 
 

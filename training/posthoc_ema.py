@@ -33,13 +33,14 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from freqgate_dit import FreqGateDiTPipeline
-from freqgate_dit.files import replace_file, replace_folder
+from freqgate_dit.files import left_behind, replace_file, replace_folder
 from freqgate_dit.pipelines.pipeline_freqgate_dit import forget_origin
 from freqgate_dit.training.ema import EMAProfile, WeightAverages, sigma_rel_to_gamma
 from freqgate_dit.training.publishing import describe_other_weights
 
 
 SNAPSHOTS = "ema_snapshots"
+ABOUT = "posthoc_ema.json"
 NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 
@@ -80,7 +81,7 @@ def save_snapshot(folder: Path, averages: WeightAverages, step: int) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     # What a full disk or a killed run has left unfinished.
-    for path in folder.glob("step_*.tmp"):
+    for path in left_behind(folder, NAME.pattern):
         path.unlink()
     target = folder / f"step_{step:08d}.safetensors"
     tensors = {
@@ -224,11 +225,11 @@ def write_average(source: Path, target: Path, average: dict[str, torch.Tensor], 
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         pipeline.transformer.save_pretrained(temporary / "transformer")
         forget_origin(temporary / "transformer" / "config.json")
-        (temporary / "posthoc_ema.json").write_text(json.dumps(about, indent=2) + "\n")
+        (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
         words = f"post-hoc EMA, sigma_rel {about['sigma_rel']}"
         describe_other_weights(temporary, pipeline, words, target.name)
 
-    replace_folder(target, write)
+    replace_folder(target, write, ABOUT)
 
 
 def find_snapshots(run: Path, step: int | None) -> list[Snapshot]:

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from freqgate_dit.files import refuse_to_replace
 from freqgate_dit.training.config import TrainConfig
 from freqgate_dit.training.ema import EMAProfile
+from freqgate_dit.training.publishing import SUMMARY
 
 
 # What `accelerate launch` sets for strategies that split the parameters or come with an engine of their own.
@@ -18,8 +20,9 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-# What a run writes that grows with the model.
+# What a run writes that grows with the model, and all that it would replace or go on with.
 LARGE_FOLDERS = ("checkpoints", "ema_snapshots", "pipeline", "pushing")
+WRITTEN = (*LARGE_FOLDERS, "previews", "metrics.jsonl", "validation.jsonl", "loss.png", "validation.png")
 
 
 def refuse_launchers():
@@ -82,6 +85,28 @@ def check_disk(output_dir: Path, needed: int):
             f"averages and the pipeline, but its disk has {gib(free)} free: choose another folder, make room, lower "
             "`keep_checkpoints`, `ema_snapshots` or the number of averages in `ema`, or unset or raise `keep_every`."
         )
+
+
+def refuse_other_folder(output_dir: Path, resume: str | None):
+    """Raise unless `output_dir` is free for a new run, or holds the one that is resumed.
+
+    Raises:
+        ValueError: names the folder, what it holds and what to do.
+    """
+    is_run = (output_dir / "config.yaml").exists()
+    if is_run and not resume:
+        raise ValueError(
+            f"`output_dir` ({output_dir}) holds another run: choose another folder, delete it, or go on with "
+            "`--resume latest`."
+        )
+    goes_on = is_run or (resume and (resume != "auto" or (output_dir / "checkpoints").exists()))
+    found = [name for name in WRITTEN if (output_dir / name).exists()]
+    if found and not goes_on:
+        raise ValueError(
+            f"`output_dir` ({output_dir}) holds {', '.join(found)}, which a run would replace, and no config.yaml, "
+            "which every run has: choose another folder, or move that away."
+        )
+    refuse_to_replace(output_dir / "pipeline", SUMMARY)
 
 
 def gib(count: int) -> str:

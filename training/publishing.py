@@ -14,7 +14,8 @@ from freqgate_dit.analysis import mechanism_figures
 from freqgate_dit.files import replace_folder
 from freqgate_dit.findings import FILE as FINDINGS
 from freqgate_dit.ladder import Ladder
-from freqgate_dit.model_card import write_card
+from freqgate_dit.model_card import is_generated, write_card
+from freqgate_dit.pipeline_folder import CARD, INDEX, split_strange
 from freqgate_dit.training.config import TrainingRun, is_local
 from freqgate_dit.training.data import BUILT_IN, LabelledImages
 
@@ -51,8 +52,22 @@ def write_pipeline(
         with spare:
             _draw_figures(pipeline, temporary / "figures", pictures)
             write_card(temporary, repo_id, folder.name)
+        keep_strange(folder, temporary)
 
-    replace_folder(folder, write)
+    replace_folder(folder, write, SUMMARY)
+
+
+def keep_strange(old: Path, new: Path):
+    """Copy from the pipeline folder `old`, if it is there, what no pipeline has, and a card that was edited."""
+    if not (old / INDEX).is_file():
+        return
+    names = split_strange(old)[1]
+    card = old / CARD
+    if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
+        names.append(CARD)
+    for name in names:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(old / name, new / name, follow_symlinks=False)
 
 
 def _draw_figures(pipeline: FreqGateDiTPipeline, figures: Path, pictures: Mapping[str, Path]):
@@ -79,6 +94,7 @@ def describe_other_weights(folder: Path, pipeline: FreqGateDiTPipeline, weights:
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     shutil.rmtree(folder / "figures", ignore_errors=True)
     _draw_figures(pipeline, folder / "figures", {})
+    (folder / CARD).unlink(missing_ok=True)  # also one that was edited: it is of the old ones
     write_card(folder, name=name)
 
 

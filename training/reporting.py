@@ -5,7 +5,6 @@ import json
 import platform
 import re
 import shlex
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from freqgate_dit import __version__
 from freqgate_dit.evaluations import Evaluation, add_evaluation
 from freqgate_dit.features import Images
 from freqgate_dit.files import replace_file, replace_folder, write_text
-from freqgate_dit.model_card import table, write_card
+from freqgate_dit.model_card import card_in_words, table
 from freqgate_dit.sampling import make_picture
 from freqgate_dit.summary import metric_text, plain
 from freqgate_dit.training.comparison import SWEPT, Comparison, Results
 from freqgate_dit.training.data import TRANSFORM
 from freqgate_dit.training.references import short_name
+from freqgate_dit.training.sample_folder import PROTOCOL
 from freqgate_dit.training.scores import ENOUGH, INCEPTION
 
 
@@ -70,7 +70,7 @@ def write_results(results: Results, comparison: Comparison):
         update_card(evaluation, comparison)
     for samples in comparison.samples.values():
         if not given.keep_images:
-            shutil.rmtree(samples.samples)
+            samples.delete()
     print(f"\n{text}\nwrote evaluation.json, evaluation.md and samples.png into {given.out}")
 
 
@@ -236,7 +236,7 @@ def to_pictures(images: Images, indices) -> list[Image.Image]:
 
 
 def write_pngs(results: Results, folder: Path):
-    """Every image as `NUMBER_CLASS.png`, in place of a folder that is there already."""
+    """Every image as `NUMBER_CLASS.png`, and which pipeline made them; in place of those of an earlier evaluation."""
     sampler, count = results.sampler, len(results.images)
     names = [re.sub(r"[^\w-]+", "_", name).strip("_") for name in sampler.classes.names]
 
@@ -246,7 +246,9 @@ def write_pngs(results: Results, folder: Path):
             for index, picture in zip(indices, to_pictures(results.images, indices), strict=True):
                 picture.save(temporary / f"{index:07d}_{names[sampler.sequence[index]]}.png")
 
-    replace_folder(folder, write)
+        write_text(temporary / PROTOCOL, json.dumps(sampler.protocol(), indent=2) + "\n")
+
+    replace_folder(folder, write, PROTOCOL)
 
 
 def update_card(evaluation: Evaluation, comparison: Comparison):
@@ -257,5 +259,4 @@ def update_card(evaluation: Evaluation, comparison: Comparison):
     metrics = [{name: metric[name] for name in ("name", "type", "value", "format")} for metric in evaluation.metrics]
     of_card = Evaluation(evaluation.title, evaluation.dataset, metrics, short, evaluation.command, evaluation.notes)
     path = add_evaluation(folder, evaluation.metrics[0]["name"], of_card)
-    write_card(folder)
-    print(f"wrote the numbers into {path} and the model card, {folder / 'README.md'}")
+    print(f"wrote the numbers into {path}; {card_in_words(folder)}")

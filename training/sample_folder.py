@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from freqgate_dit import __version__
-from freqgate_dit.files import read_json, replace_file, write_text
+from freqgate_dit.files import delete_written, left_behind, read_json, replace_file, write_text
 
 
 PROTOCOL = "protocol.json"
@@ -73,9 +73,16 @@ class SampleFolder:
     def open(self):
         """Make the folder, and clear it of what an interruption has left unfinished."""
         self.samples.mkdir(parents=True, exist_ok=True)
-        for path in [*self.samples.glob("*.tmp"), *self._damaged()]:
+        for path in [*left_behind(self.samples, NAME.pattern), *self._damaged()]:
             path.unlink()
         write_protocol(self.folder, self.protocol, self.made_with)
+
+    def delete(self):
+        """Delete the images and their features; whatever else lies there stays."""
+        for features in self.samples.glob("references/*"):
+            delete_written(features, r"(features_\d+|spectrum)\.safetensors|manifest\.json")
+        delete_written(self.samples / "references", "")
+        delete_written(self.samples, NAME.pattern)
 
     def files(self) -> list[tuple[int, int, Path]]:
         """First image, the one after the last, and path, in order."""

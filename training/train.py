@@ -62,7 +62,7 @@ from freqgate_dit.training.launching import resume_command, start_accelerator
 from freqgate_dit.training.logbook import Logbook
 from freqgate_dit.training.optimizers import make_optimizer
 from freqgate_dit.training.posthoc_ema import save_snapshot
-from freqgate_dit.training.preflight import check_disk, gib, run_bytes
+from freqgate_dit.training.preflight import check_disk, gib, refuse_other_folder, run_bytes
 from freqgate_dit.training.previews import preview_grid
 from freqgate_dit.training.publishing import training_summary, write_pipeline
 from freqgate_dit.training.pushes import Pushes
@@ -102,11 +102,8 @@ class Trainer:
         )
         if train.dry_run:
             self.print(config.to_yaml())
-        if (self.output_dir / "config.yaml").exists() and not train.resume and not train.dry_run:
-            raise ValueError(
-                f"`output_dir` ({self.output_dir}) holds another run: choose another folder, delete it, or go on with "
-                "`--resume latest`."
-            )
+        if not train.dry_run:
+            refuse_other_folder(self.output_dir, train.resume)
         images, heldout_images = self._load_images()
         self.condition = load_condition(config.condition, images.class_names, self.device)
         self.can_guide = not self.condition.is_none and config.objective.class_dropout_prob > 0

@@ -7,13 +7,13 @@ import base64
 import html
 import json
 import math
-import shutil
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from freqgate_dit.files import write_text
+from freqgate_dit.files import delete_written, write_text
 
 
 @dataclass
@@ -64,8 +64,8 @@ def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[S
     start = time.perf_counter()
     section = make()
     section.seconds = time.perf_counter() - start
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    delete_section(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     section.tables = {
         name: [{key: known(value) for key, value in row.items()} for row in rows]
         for name, rows in section.tables.items()
@@ -79,6 +79,17 @@ def keep_section(folder: Path, key: str, make: Callable[[], Section]) -> tuple[S
     values = {**asdict(section), "figures": list(paths), "key": key}
     write_text(file, json.dumps(values, indent=1, allow_nan=False) + "\n")
     return section, True
+
+
+def delete_section(folder: Path):
+    """Delete the files of the section in `folder`, as far as it says which they are."""
+    try:
+        kept = json.loads((folder / "section.json").read_text(encoding="utf-8"))
+        names = [f"{name}.png" for name in kept["figures"]]
+        names += [f"{name}{ending}" for name in kept["tables"] for ending in (".json", ".parquet")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    delete_written(folder, "|".join(map(re.escape, [*names, "section.json"])))
 
 
 def known(value):
