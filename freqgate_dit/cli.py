@@ -272,6 +272,7 @@ def doctor(options: argparse.Namespace) -> int:
 def sample(options: argparse.Namespace):
     from freqgate_dit import sampling
     from freqgate_dit.devices import choose_device, choose_dtype
+    from freqgate_dit.files import replace_file
     from freqgate_dit.hub import fetch_pipeline
     from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, FreqGateDiTPipeline
     from freqgate_dit.samplers import make_sampler
@@ -297,7 +298,8 @@ def sample(options: argparse.Namespace):
     )
     seconds = time.perf_counter() - start
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    sampling.make_picture(images, options.count).save(options.out)
+    picture, form = sampling.make_picture(images, options.count), sampling.image_format(options.out)
+    replace_file(options.out, lambda temporary: picture.save(temporary, form))
 
     count = "an image" if len(images) == 1 else f"{len(images)} images"
     print(f"wrote {options.out}: {count} of {images[0].width} x {images[0].height} px")

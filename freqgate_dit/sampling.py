@@ -1,12 +1,13 @@
 """Images for someone who wants to see some: of which classes, from which seeds, and all of them in one picture."""
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
+from freqgate_dit.pipelines.pipeline_freqgate_dit import WHY_BROKEN, FreqGateDiTPipeline, broken_images
 
 
 # Images that are sampled at once, so that memory does not depend on how many there are.
@@ -18,11 +19,20 @@ LEAST_SIDE = 64
 
 
 def check_image_file(path: Path):
-    """Raise `ValueError` unless Pillow can write a file of that name."""
+    """Raise `ValueError` unless Pillow can write a picture into a file of that name, which is tried in memory."""
     if path.is_dir():
         raise ValueError(f"`out` ({path}) is a folder: name a file in it, such as {path / 'samples.png'}.")
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"`out` ({path}) has a suffix that Pillow cannot write ({path.suffix!r}): use .png or .jpg.")
+    try:
+        Image.new("RGB", (LEAST_SIDE, LEAST_SIDE)).save(BytesIO(), image_format(path))
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            f"`out` ({path}) has a suffix that Pillow cannot write ({path.suffix!r}): use .png or .jpg."
+        ) from error
+
+
+def image_format(path: Path) -> str | None:
+    """What Pillow calls the format of a file, by its suffix."""
+    return Image.registered_extensions().get(path.suffix.lower(), path.suffix)
 
 
 def check_makes_images(pipe: FreqGateDiTPipeline):
@@ -57,14 +67,25 @@ def choose_conditions(
 def sample_images(
     pipe: FreqGateDiTPipeline, argument: str | None, values: list, count: int, seed: int, **options
 ) -> list[Image.Image]:
-    """`count` images of each of `values`, which the pipeline takes as `argument`; image i has the seed `seed` + i."""
+    """`count` images of each of `values`, which the pipeline takes as `argument`; image i has the seed `seed` + i.
+
+    Raises:
+        ValueError: for images that have NaN or infinity in them.
+    """
     values = [value for value in values for _ in range(count)]
     images = []
     for start in range(0, len(values), BATCH_SIZE):
         batch = values[start : start + BATCH_SIZE]
         given = {"num_images_per_label": len(batch)} if argument is None else {argument: batch}
         seeds = list(range(seed + start, seed + start + len(batch)))
-        images += pipe(**given, seed=seeds, **options).images
+        decoded = pipe.decode(pipe(**given, seed=seeds, output_type="latent", **options).images)
+        broken = broken_images(decoded)
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(decoded)} images, the first of them of seed {seeds[broken[0]]}, have NaN or "
+                f"infinity in them. {WHY_BROKEN}"
+            )
+        images += pipe.image_processor.postprocess(decoded, output_type="pil")
     return images
 
 

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import shutil
@@ -34,6 +35,14 @@ from transformers import PreTrainedModel
 __version__ = "0.1.0"
 
 SOURCE_GUIDANCE_SCALE = 2.5
+# Multistep solvers that give NaN where two steps have one timestep.
+ONE_STEP_PER_TIMESTEP = ("DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+WHY_BROKEN = (
+    "Of what can be changed in a call the likely causes are a number type that is too narrow (try float32) and a "
+    "`guidance_scale` far too large; otherwise the weights are damaged, or their training has diverged."
+)
+
+logger = logging.getLogger(__name__)
 
 
 def _package(module: str):
@@ -80,6 +89,11 @@ def decode_from_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
     with _upcast(vae):
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float()
+
+
+def broken_images(images: torch.Tensor) -> list[int]:
+    """Which of `images (B, C, H, W)` have NaN or infinity in them."""
+    return (~images.isfinite()).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
 
 
 def vae_scale_factor(vae: ModelMixin) -> int:
@@ -408,7 +422,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
         )
         self._check_guidance(guidance_scale, guidance_interval, guider)
-        self._check_scheduler()
+        self._check_scheduler(num_inference_steps)
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, count in counts.items():
             if count < 1:
@@ -503,7 +517,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 "fractions of the steps."
             )
 
-    def _check_scheduler(self):
+    def _check_scheduler(self, num_inference_steps: int):
+        known = self.scheduler.config.get("num_train_timesteps")
+        if type(self.scheduler).__name__ in ONE_STEP_PER_TIMESTEP and known and num_inference_steps > known:
+            raise ValueError(
+                f"`num_inference_steps` ({num_inference_steps}) is more than the {known} timesteps of the schedule, "
+                f"which {type(self.scheduler).__name__} divides by the distance of: take fewer."
+            )
         prediction_type = self.scheduler.config.get("prediction_type")
         if prediction_type is None or self.scheduler.config.get("use_flow_sigmas"):
             raise ValueError(
@@ -781,8 +801,19 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def postprocess(self, latents: torch.Tensor, output_type: str = "pil"):
-        """Images of latents `(B, C, h, w)` (or of predicted x0 on the way), as `output_type` says."""
+        """Images of latents `(B, C, h, w)` (or of predicted x0 on the way), as `output_type` says.
+
+        Warns of images that would come out black, because a number in them is not finite.
+        """
         if output_type == "latent":
             return latents
-        images = latents if self.vae is None else decode_from_latents(self.vae, latents)
+        images = self.decode(latents)
+        broken = len(broken_images(images))
+        if broken:
+            logger.warning(f"{broken} of {len(images)} images have NaN or infinity in them. {WHY_BROKEN}")
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)`, about [-1, 1], of latents `(B, C, h, w)`, which are images already without a VAE."""
+        return latents if self.vae is None else decode_from_latents(self.vae, latents)

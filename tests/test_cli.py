@@ -356,11 +356,28 @@ def test_weights_of_a_variant(folder, tmp_path, call, refused):
         (("--out", "cat.gpj"), "`--out` (cat.gpj) has a suffix that Pillow cannot write ('.gpj'): use .png or .jpg."),
         (("--out", "cat"), "`--out` (cat) has a suffix that Pillow cannot write (''): use .png or .jpg."),
         (("--out", "cat.psd"), "`--out` (cat.psd) has a suffix that Pillow cannot write ('.psd'): use .png or .jpg."),
+        (("--out", "cat.xbm"), "`--out` (cat.xbm) has a suffix that Pillow cannot write ('.xbm'): use .png or .jpg."),
+        (("--out", "cat.h5"), "`--out` (cat.h5) has a suffix that Pillow cannot write ('.h5'): use .png or .jpg."),
         (("--out", "."), "`--out` (.) is a folder: name a file in it, such as samples.png."),
     ],
 )
-def test_a_file_that_cannot_be_written_is_refused_before_anything_else(words, message, refused):
+def test_a_file_that_cannot_be_written_is_refused_before_anything_else(words, message, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.xbm", "cat.h5"):
+        (tmp_path / name).write_text("mine")
     assert refused("sample", "no/such/pipeline", *words) == message
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"cat.xbm": "mine", "cat.h5": "mine"}
+
+
+def test_black_images_are_not_written(folder, tmp_path, call):
+    pipe = make_pipeline(tiny_transformer(in_channels=3))
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight[0] = torch.nan
+    pipe.save_pretrained(folder)
+    code, out, err = call("sample", folder, "--label", "cat", "--out", tmp_path / "cat.png", *FAST)
+    assert (code, out) == (1, "")
+    assert "error: 1 of 1 images, the first of them of seed 0, have NaN or infinity" in err
+    assert not (tmp_path / "cat.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import math
 import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.pipelines.pipeline_freqgate_dit import (
+    ONE_STEP_PER_TIMESTEP,
     SOURCE_GUIDANCE_SCALE,
     decode_from_latents,
     encode_pooled_text,
@@ -204,6 +206,23 @@ def test_stochastic_schedulers_give_each_image_noise_of_its_own(pipe, scheduler)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     batch = sample(pipe, ["cat", "dog"], seed=5, guidance_scale=1)
     torch.testing.assert_close(sample(pipe, "dog", seed=6, guidance_scale=1), batch[1:], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ONE_STEP_PER_TIMESTEP)
+def test_solvers_that_divide_by_the_distance_of_timesteps_take_no_more_steps_than_there_are(pipe, name):
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=rf"`num_inference_steps` \(1001\) is more than the 1000 timesteps .*{name}"):
+        pipe(0, num_inference_steps=1001)
+
+
+@pytest.mark.parametrize("cause", ["weights", "guidance"])
+def test_images_that_come_out_black_are_told(pipe, cause, caplog):
+    if cause == "weights":
+        with torch.no_grad():
+            pipe.transformer.proj_out.weight[0] = torch.nan
+    pipe([0, 1], num_inference_steps=2, guidance_scale=1e38 if cause == "guidance" else 1.0, output_type="pt")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 2 images have NaN or infinity" in told and "float32" in told and "`guidance_scale`" in told
 
 
 @pytest.mark.parametrize("scheduler", [*DETERMINISTIC, EulerAncestralDiscreteScheduler, DDPMScheduler])

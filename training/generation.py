@@ -24,7 +24,7 @@ import freqgate_dit
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.hub import download
-from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, decode_from_latents
+from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, WHY_BROKEN, broken_images
 from freqgate_dit.samplers import SAMPLERS, configure, describe_sampler, make_sampler
 from freqgate_dit.summary import PipelineSummary, read_summary
 from freqgate_dit.training.sample_folder import SampleFolder
@@ -305,13 +305,10 @@ class Sampler:
             guidance_scale=self.guidance_scale,
             output_type="latent",
         ).images
-        images = latents if pipe.vae is None else decode_from_latents(pipe.vae, latents)
-        bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        if bad:
-            raise ValueError(
-                f"image {indices[bad[0]]} of the pipeline has NaN or infinity in it: try `dtype` float32; if it "
-                "stays, the weights are damaged, or their training has diverged."
-            )
+        images = pipe.decode(latents)
+        broken = broken_images(images)
+        if broken:
+            raise ValueError(f"image {indices[broken[0]]} of the pipeline has NaN or infinity in it. {WHY_BROKEN}")
         return to_uint8(images)
 
 
