@@ -30,18 +30,22 @@ from freqgate_dit.files import read_json
 from freqgate_dit.model_card import is_generated, write_card
 from freqgate_dit.pipeline_folder import (
     INDEX,
+    PACKAGE_MODULES,
     WEIGHTS,
     DamagedPipelineError,
     check_folder,
     component_classes,
     files_to_load,
     is_weights,
+    package_class,
     refuse_incomplete,
     refuse_incomplete_repository,
     refuse_links,
+    refuse_misfit,
     refuse_other_pipeline,
     refuse_without_index,
     split_strange,
+    variants_of,
     weights_variant,
 )
 
@@ -407,8 +411,11 @@ def check_to_push(folder: Path):
     refuse_without_index(names, folder)
     index = read_json(folder / INDEX)
     refuse_other_pipeline(index, folder, index.get("_class_name", [None])[-1])
-    for name in component_classes(index):
+    for name, (library, class_name) in component_classes(index).items():
         refuse_incomplete(folder, name, any_variant=True)
+        if library in PACKAGE_MODULES and (folder / name / "config.json").is_file():
+            for variant in variants_of(folder / name):
+                refuse_misfit(folder, name, package_class(library, class_name), variant)
     if isinstance(index["_class_name"], list) and f"{index['_class_name'][0]}.py" not in names:
         raise ValueError(
             f"{str(folder)!r} lacks its code, {index['_class_name'][0]}.py, so that nobody could load it without the "

@@ -7,6 +7,7 @@ import re
 from collections.abc import Container, Iterable
 from pathlib import Path
 
+import torch
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
@@ -26,6 +27,8 @@ LIBRARIES = ("diffusers", "transformers")
 # What a folder of weights is loaded with, besides the weights. Code is not among it.
 SMALL_FILES = (".json", ".txt", ".model")
 WEIGHTS = (".safetensors", ".bin")
+# As the headers of safetensors call them.
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 # What else a pipeline folder has: what it is, how it was trained, what was measured, and its pictures.
@@ -118,6 +121,11 @@ def weights_variant(name: str) -> str | None:
     return match[1] if match else None
 
 
+def variants_of(component: Path) -> list[str | None]:
+    """Of which variants a component's folder has weights."""
+    return sorted({weights_variant(path.name) for path in component.iterdir() if is_weights(path.name)}, key=str)
+
+
 def is_weights(name: str) -> bool:
     """Whether a file holds weights, or is the index of the pieces that do."""
     return name.endswith(WEIGHTS) or ".index." in name
@@ -167,7 +175,9 @@ def check_folder(
         # The config of a scheduler keeps options of others that it was made from; that of a model has its own only.
         config_file = folder / name / "config.json"
         if library in PACKAGE_MODULES and config_file.is_file():
-            _refuse_unknown_options(index, folder, _package_class(library, class_name), read_json(config_file))
+            _refuse_unknown_options(index, folder, package_class(library, class_name), read_json(config_file))
+            if name not in without:
+                refuse_misfit(folder, name, package_class(library, class_name), variant)
 
 
 def refuse_incomplete(folder: Path, component: str, variant: str | None = None, any_variant: bool = False):
@@ -236,6 +246,51 @@ def refuse_damaged(file: Path):
         ) from error
 
 
+def refuse_misfit(folder: Path, component: str, cls: type, variant: str | None = None):
+    """Raise unless the weights of a model of this package, by names, shapes and types, are those of its config.
+
+    Asked of the headers of the files, before anything is built: a missing matrix would be made up, and a config may
+    claim more blocks than any memory holds. (Pickled weights have no header, quantised ones other shapes.)
+    """
+    config = read_json(folder / component / "config.json")
+    names = files_to_load(
+        [f"{component}/{path.name}" for path in (folder / component).glob("*")], [component], variant
+    )
+    files = [folder / name for name in names if name.endswith(".safetensors")]
+    if not files or "quantization_config" in config:
+        return
+    found = {}
+    for file in files:
+        refuse_damaged(file)
+        with safe_open(file, "pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}
+            found |= {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    blocks = {name.split(".")[1] for name in found if name.startswith("transformer_blocks.")}
+    if config.get("num_layers", len(blocks)) != len(blocks):
+        problem = f"{len(blocks)} blocks, where `num_layers` is {config['num_layers']}"
+    else:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in cls.from_config(config).state_dict().items()}
+        problem = _difference(expected, found)
+    if problem:
+        raise DamagedPipelineError(
+            f"the weights of the {component} in {str(folder)!r} do not fit its config.json: they have {problem}. Copy "
+            "both anew; of a model with a LoRA adapter save the weights after `fuse_lora` and `unload_lora`."
+        )
+
+
+def _difference(expected: dict[str, tuple], found: dict[str, tuple]) -> str | None:
+    """The first thing that weights, name -> (shape, type), lack or have too much, in words."""
+    for name, shape in expected.items():
+        if name not in found:
+            return f"no {name}"
+        if found[name][0] != shape:
+            return f"{name} of shape {found[name][0]} in place of {shape}"
+        if found[name][1] not in FLOATS:
+            return f"{name} of type {found[name][1]} in place of floating-point numbers"
+    return next((f"{name} besides" for name in found if name not in expected), None)
+
+
 def refuse_without_index(names: Iterable[str], place: str | os.PathLike):
     """Raise unless `names`, the files of a folder or repository, have the index of a pipeline among them."""
     names = set(names)
@@ -272,14 +327,15 @@ def refuse_other_pipeline(index: dict, place: str | os.PathLike, expected: str =
             "`DiffusionPipeline.from_pretrained`."
         )
     for library, component_class in component_classes(index).values():
-        known = _package_class(library, component_class) if library in PACKAGE_MODULES else library in LIBRARIES
+        known = package_class(library, component_class) if library in PACKAGE_MODULES else library in LIBRARIES
         if not known and (library in PACKAGE_MODULES or _is_newer(index)):
             _refuse_newer(index, place, f"the class {component_class}")
     if class_name == FreqGateDiTPipeline.__name__:
         _refuse_unknown_options(index, place, FreqGateDiTPipeline, index)
 
 
-def _package_class(library: str, class_name: str) -> type | None:
+def package_class(library: str, class_name: str) -> type | None:
+    """The class of this package that a component of a repository is an instance of."""
     return getattr(importlib.import_module(PACKAGE_MODULES[library]), class_name, None)
 
 

@@ -1034,6 +1034,16 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 raise ValueError(
                     f"`{name}` ({config[name]}) does not apply to {type(self).__name__}: leave it at {default}."
                 )
+        for name in (
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "in_channels",
+            "patch_size",
+            "sample_size",
+        ):
+            if config[name] < 1:
+                raise ValueError(f"`{name}` ({config[name]}) must be at least 1.")
         for name in ("num_classes", "pooled_projection_dim", "modulation_rank"):
             if config[name] is not None and config[name] < 1:
                 raise ValueError(f"`{name}` ({config[name]}) must be at least 1, or None to do without.")

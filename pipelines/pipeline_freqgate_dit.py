@@ -267,7 +267,16 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
         Returns:
             Address of what was uploaded, or `None`.
+
+        Raises:
+            ValueError: if the transformer has a LoRA adapter, with which its weights would not load.
         """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError(
+                f"the transformer has the LoRA adapters {list(self.transformer.peft_config)}, with which its weights "
+                "would not load: make them part of it by `fuse_lora()` and `unload_lora()`, or save the adapter alone "
+                "by `save_lora_adapter(folder)`."
+            )
         folder = Path(save_directory)
         super().save_pretrained(folder, safe_serialization, variant, max_shard_size, **kwargs)
         for name in self.components:

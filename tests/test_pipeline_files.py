@@ -1,4 +1,5 @@
 import ast
+import json
 import logging
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from components import LABELS, build_pipeline, make_pipeline, sample, tiny_transformer
+from safetensors.torch import load_file, save_file
 
 from freqgate_dit import VARIANTS, FreqGateDiTPipeline
+from freqgate_dit.hub import push_folder
+from freqgate_dit.summary import read_summary
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +93,73 @@ def test_a_fresh_process_loads_and_prints_nothing_strange(tmp_path):
     # Progress bars only.
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
     assert lines == [] and done.stdout == ""
+
+
+def change_weights(folder, change):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def change_config(folder, **options):
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda folder: change_weights(folder, lambda w: w.pop("proj_out.weight")), "no proj_out.weight"),
+        (
+            lambda folder: change_weights(folder, lambda w: w.update({"proj_out.bias": w["proj_out.bias"][1:]})),
+            r"proj_out.bias of shape \(15,\) in place of \(16,\)",
+        ),
+        *(
+            (
+                lambda folder, dtype=dtype: change_weights(
+                    folder, lambda w: w.update({"proj_out.bias": w["proj_out.bias"].to(dtype)})
+                ),
+                f"proj_out.bias of type {name} in place of floating-point numbers",
+            )
+            for dtype, name in ((torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64"))
+        ),
+        (lambda folder: change_weights(folder, lambda w: w.update({"more": torch.zeros(1)})), "more besides"),
+        *(
+            (lambda folder, number=number: change_config(folder, num_layers=number), f"2 blocks, where .* is {number}")
+            for number in (1, 0, -1, 10**9)
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_their_config_are_refused(spoil, problem, tmp_path, hub):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    spoil(tmp_path / "pipe")
+    for use in (FreqGateDiTPipeline.from_pretrained, read_summary, lambda folder: push_folder(folder, "ana/dit")):
+        with pytest.raises(OSError, match=f"weights of the transformer .* do not fit its config.json: .*{problem}"):
+            use(tmp_path / "pipe")
+
+
+def test_a_config_alone_is_not_believed_everything(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    change_config(tmp_path, num_layers=10**9)
+    with pytest.raises(ValueError, match="claims 1000000000 blocks"):
+        read_summary(tmp_path)
+
+
+def test_an_adapter_is_not_saved_in_a_pipeline(tmp_path):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    pipe = make_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"LoRA adapters \['default'\].*`unload_lora\(\)`"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    pipe.transformer.fuse_lora()
+    pipe.transformer.unload_lora()
+    pipe.save_pretrained(tmp_path)
+    FreqGateDiTPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
