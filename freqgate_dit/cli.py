@@ -107,10 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def say(text: str, **options):
+    """Print text in which no character but the end of a line controls the terminal."""
+    print("".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text), **options)
+
+
 def _fail(message: str) -> int:
     for argument, option in OPTIONS.items():
         message = message.replace(argument, option)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 
 
@@ -243,7 +248,7 @@ def info(options: argparse.Namespace):
     from freqgate_dit.summary import read_summary
 
     folder = hub.fetch_pipeline(options.source, **_how_to_download(options), weights=False)
-    print(read_summary(folder, files=_files_on_hub(options)).describe())
+    say(read_summary(folder, files=_files_on_hub(options)).describe())
 
 
 def _files_on_hub(options: argparse.Namespace) -> dict[str, int] | None:
@@ -262,7 +267,7 @@ def doctor(options: argparse.Namespace) -> int:
     from freqgate_dit.doctor import diagnose
 
     diagnosis = diagnose()
-    print(diagnosis.describe())
+    say(diagnosis.describe())
     return 1 if diagnosis.problems else 0
 
 
@@ -302,9 +307,9 @@ def sample(options: argparse.Namespace):
     replace_file(options.out, lambda temporary: picture.save(temporary, form))
 
     count = "an image" if len(images) == 1 else f"{len(images)} images"
-    print(f"wrote {options.out}: {count} of {images[0].width} x {images[0].height} px")
-    print(sampling.describe_seeds(pipe, argument, values, **how_many))
-    print(
+    say(f"wrote {options.out}: {count} of {images[0].width} x {images[0].height} px")
+    say(sampling.describe_seeds(pipe, argument, values, **how_many))
+    say(
         f"{options.steps} steps of {type(pipe.scheduler).__name__}, guidance {scale:g}, "
         f"{str(dtype).removeprefix('torch.')} on {device}: {seconds:.1f} s"
     )
@@ -325,9 +330,9 @@ def push(options: argparse.Namespace):
         commit_message=options.message,
         tag=options.tag,
         branch=options.branch,
-        tell=lambda sentence: print(sentence, file=sys.stderr),
+        tell=lambda sentence: say(sentence, file=sys.stderr),
     )
-    print(address)
+    say(address)
 
 
 def convert(options: argparse.Namespace):
@@ -345,9 +350,9 @@ def convert(options: argparse.Namespace):
         pipe.register_modules(transformer=freq_gate_from_adaln_zero(pipe.transformer))
     replace_folder(folder, pipe.save_pretrained, INDEX)
     millions = pipe.transformer.num_parameters() / 1e6
-    print(f"wrote {options.folder}: {type(pipe.transformer).__name__}, {millions:.1f} M parameters")
+    say(f"wrote {options.folder}: {type(pipe.transformer).__name__}, {millions:.1f} M parameters")
     if pipe.vae is None:
-        print("It has no autoencoder, so it makes latents and no images: for images, name one by --vae.")
+        say("It has no autoencoder, so it makes latents and no images: for images, name one by --vae.")
 
 
 def read_official(options: argparse.Namespace):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -163,11 +164,21 @@ def known(version_of: VersionOf = installed_version) -> list[str]:
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
+def without_user(address: str) -> str:
+    """An address without the user and password that it may have before its host."""
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 def look():
     """Print a line of JSON for whatever can be found out, then import the package. Runs in a process of its own."""
     from huggingface_hub import constants
 
-    found = {"endpoint": constants.ENDPOINT, "offline": constants.HF_HUB_OFFLINE, "cache": constants.HF_HUB_CACHE}
+    found = {
+        "endpoint": without_user(constants.ENDPOINT),
+        "offline": constants.HF_HUB_OFFLINE,
+        "cache": constants.HF_HUB_CACHE,
+    }
     found["token_stored"] = Path(constants.HF_TOKEN_PATH).is_file()
     print(json.dumps({"hub": found}), flush=True)
 

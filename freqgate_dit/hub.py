@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from freqgate_dit.doctor import without_user
 from freqgate_dit.files import read_json
 from freqgate_dit.model_card import is_generated, write_card
 from freqgate_dit.pipeline_folder import (
@@ -103,9 +104,9 @@ def explain(
 
 
 def _sentence(error: Exception, repo_id: str, revision: str | None, writing: bool, has_token: bool) -> str:
-    status = status_of(error)
+    status, endpoint = status_of(error), without_user(constants.ENDPOINT)
     login = "`hf auth login`, or set HF_TOKEN"
-    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    tokens = f"{endpoint}/settings/tokens"
     if isinstance(error, LocalTokenNotFoundError) or (status == 401 and writing and not has_token):
         return f"writing to {repo_id} on the Hub needs a token with write access, from {tokens}: {login}."
     if status in (403, 404) and writing:
@@ -116,7 +117,7 @@ def _sentence(error: Exception, repo_id: str, revision: str | None, writing: boo
     if isinstance(error, RevisionNotFoundError):
         return f"the repository {repo_id} has no `revision` {revision!r}: name one of its branches, tags or commits."
     if isinstance(error, GatedRepoError):
-        return f"the repository {repo_id} is gated: ask for access at {constants.ENDPOINT}/{repo_id}, then {login}."
+        return f"the repository {repo_id} is gated: ask for access at {endpoint}/{repo_id}, then {login}."
     if isinstance(error, RepositoryNotFoundError):
         seen = "that this token may see" if has_token else f"that is open to everybody (for a private one, {login})"
         return f"{repo_id!r} is neither a folder here nor a repository on the Hub {seen}: check the spelling."
@@ -131,7 +132,7 @@ def _sentence(error: Exception, repo_id: str, revision: str | None, writing: boo
     if may_pass(error):
         reason = type(error).__name__
         return (
-            f"the Hub ({constants.ENDPOINT}) cannot be reached for {repo_id}, or the connection broke off ({reason}): "
+            f"the Hub ({endpoint}) cannot be reached for {repo_id}, or the connection broke off ({reason}): "
             "try again later."
         )
     return f"{repo_id} cannot be copied: {error}"
@@ -443,7 +444,7 @@ def _refuse_public(info: ModelInfo, private: bool | None):
     if private and not info.private:
         raise HubError(
             f"{info.id} is public, and `private` is for repositories that are made now: make it private at "
-            f"{constants.ENDPOINT}/{info.id}/settings, or leave `private` out."
+            f"{without_user(constants.ENDPOINT)}/{info.id}/settings, or leave `private` out."
         )
 
 

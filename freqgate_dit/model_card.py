@@ -145,6 +145,7 @@ class _Card:
             "has_distance": self.has_distance(),
             "parts": self.parts(),
             "stated_license": training and training["license"],
+            "block": block,
             "escape": escape,
             "code": code,
             "literal": literal,
@@ -387,6 +388,12 @@ def code(text: str) -> str:
     """`text` as code, in a line of text; what would end it or a cell of a table is written as it is."""
     text = " ".join(str(text).split())
     return escape(text) if set(text) & set("`|") else f"`{text}`"
+
+
+def block(command: str) -> str:
+    """A command as a block of code, in a fence that is longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
+    return f"{fence}bash\n{command}\n{fence}"
 
 
 def table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:

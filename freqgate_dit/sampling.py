@@ -109,6 +109,7 @@ def describe_seeds(pipe: FreqGateDiTPipeline, argument: str | None, values: list
     names = ["images" if value is None else value for value in values]
     if argument == "class_labels":
         names = [pipe.id2label.get(index, f"class {index}") for index in pipe.get_label_ids(values)]
+    names = [" ".join(str(name).split()) for name in names]
     width = max(map(len, names))
     lines = []
     for index, name in enumerate(names):

@@ -192,7 +192,7 @@ class PipelineSummary:
     def describe(self) -> str:
         """The summary as lines of text."""
         config = self.config
-        names = list(self.id2label.values())
+        names = [" ".join(str(name).split()) for name in self.id2label.values()]
         listed = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
         rows = [
             (

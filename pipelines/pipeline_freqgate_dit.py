@@ -319,9 +319,30 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FreqGateDiTPipeline":
-        """As in `DiffusionPipeline`, which compares exact types and would leave transformer and autoencoder behind."""
+        """As in `DiffusionPipeline`, which compares exact types and would leave transformer and autoencoder behind.
+
+        Unless `dtype` is given, numbers keep their types. `DiffusionPipeline` makes float32 of all, in `pipeline` too,
+        which has the same components.
+        """
         components = {name: part for name, part in pipeline.components.items() if part is not None}
-        return super().from_pipe(pipeline, **{**components, **kwargs})
+        parts = {**components, **kwargs}
+        if {"dtype", "torch_dtype"} & kwargs.keys():
+            return super().from_pipe(pipeline, **parts)
+        modules = [module for part in parts.values() if isinstance(part, torch.nn.Module) for module in part.modules()]
+        kept = [
+            (
+                module,
+                {name: one.data for name, one in module._parameters.items() if one is not None},
+                dict(module._buffers),
+            )
+            for module in modules
+        ]
+        new = super().from_pipe(pipeline, **parts)
+        for module, parameters, buffers in kept:
+            for name, data in parameters.items():
+                module._parameters[name].data = data
+            module._buffers.update(buffers)
+        return new
 
     def _ship_code(self, folder: Path):
         """Copy the files of custom classes into the folder, and name them in its index as diffusers looks for them.

@@ -369,6 +369,17 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_else(words, me
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"cat.xbm": "mine", "cat.h5": "mine"}
 
 
+def test_names_do_not_reach_the_terminal_as_commands(folder, tmp_path, call, refused):
+    names = {0: "\x1b[2Jcat", 1: "dog\nerror: no dog", 2: "wild"}
+    make_pipeline(tiny_transformer(in_channels=3), id2label=names).save_pretrained(folder)
+    printed = [*call("info", folder), *call("sample", folder, "--out", tmp_path / "all.png", *FAST)]
+    texts = [text for text in printed if isinstance(text, str)] + [
+        refused("sample", folder, "--label", "cta", "--out", tmp_path / "a.png")
+    ]
+    assert not any("\x1b" in text.replace("\x1b[A", "") or "\nerror" in text for text in texts)
+    assert sum("\\x1b[2Jcat" in text and "dog error: no dog" in text for text in texts[::2]) == 2
+
+
 def test_black_images_are_not_written(folder, tmp_path, call):
     pipe = make_pipeline(tiny_transformer(in_channels=3))
     with torch.no_grad():

@@ -11,6 +11,7 @@ from packaging.version import Version
 from tiny_runs import ROOT
 
 from freqgate_dit import cli, devices, doctor
+from freqgate_dit.hub import explain
 from freqgate_dit.training.config import LatentConfig
 
 
@@ -162,6 +163,15 @@ def test_notes_on_machines(machine, environment, driver, words, tmp_path, monkey
     assert len(notes) == len(words)
     for note, word in zip(notes, words, strict=True):
         assert word in note
+
+
+def test_no_password_of_an_address_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://ana:secret@hub.example:8080/path")
+    doctor.look()
+    printed = capsys.readouterr().out
+    assert "https://hub.example:8080/path" in printed and "secret" not in printed and "ana" not in printed
+    error = explain(ConnectionError(), "ana/dit")
+    assert "https://hub.example:8080/path" in str(error) and "secret" not in str(error)
 
 
 def test_tokens_and_places(tmp_path, monkeypatch):

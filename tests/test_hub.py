@@ -668,6 +668,18 @@ def test_from_pipe():
     assert other.transformer is pipe.transformer and other.vae is pipe.vae and other.id2label == LABELS
 
 
+def test_from_pipe_keeps_the_types_of_numbers():
+    pipe = make_pipeline(tiny_transformer("band_gate"), vae=tiny_vae_kl()).to(torch.float32)
+    pipe.transformer.to(torch.bfloat16)
+    before = {name: (tensor.dtype, tensor.clone()) for name, tensor in pipe.transformer.state_dict().items()}
+    assert {dtype for dtype, _ in before.values()} == {torch.bfloat16, torch.float32}  # a spectrum stays precise
+    other = FreqGateDiTPipeline.from_pipe(pipe)
+    assert other.vae.dtype == torch.float32
+    for name, tensor in other.transformer.state_dict().items():
+        assert tensor.dtype == before[name][0] and torch.equal(tensor, before[name][1])
+    assert FreqGateDiTPipeline.from_pipe(pipe, dtype=torch.float16).transformer.dtype == torch.float16
+
+
 def test_a_subclass_loads_what_it_saved(tmp_path):
     class Mine(FreqGateDiTPipeline):
         pass

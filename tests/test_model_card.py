@@ -257,6 +257,15 @@ def test_cards_are_written_whole_or_not_at_all(recorded, tmp_path):
     assert (folder / "README.md").read_text(encoding="utf-8") == written and sorted(folder.rglob("*")) == files
 
 
+def test_no_command_ends_its_block(recorded, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(recorded, folder)
+    evaluation = replace(EVALUATION, command="python a.py\n```\n# Not a command\n````")
+    add_evaluation(folder, "fid", evaluation)
+    text = render_card(folder).text
+    assert f"`````bash\n{evaluation.command}\n`````\n" in text
+
+
 def test_a_card_that_was_edited_stays(recorded, tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(recorded, folder)
