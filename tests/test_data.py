@@ -7,7 +7,10 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import HfArgumentParser
 
-from freqgate_dit.training.data import DataConfig, _in_threads, decode_image, describe, load_images
+from freqgate_dit.training.data import DataConfig, Room, _in_threads, decode_image, describe, load_images
 from freqgate_dit.training.image_sources import FolderReader, TableReader
 
 
@@ -185,6 +188,42 @@ def test_unreadable_file_in_a_small_folder_is_an_error(folder, damage):
     bad.write_bytes(data)
     with pytest.raises(ValueError, match=f"1 of 19 images cannot be read.*cat/{bad.name}"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", ["strip", "pipe", "device"])
+def test_what_would_take_all_memory_or_time_is_named(folder, kind):
+    place = folder / "cat" / "strange.png"
+    if kind == "strip":
+        Image.new("L", (1, 60_000)).save(place)
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("/dev/zero")
+    told = "1 x 60000 pixels, more than 20 times as long as wide" if kind == "strip" else "not a regular file"
+    with pytest.raises(ValueError, match=rf"strange.png \(.*{told}\)"):
+        load(folder)
+
+
+def test_a_strip_that_is_not_too_long_is_read():
+    assert decode_image(encoded(picture(0, (10, 200))), 8).shape == (3, 8, 8)
+
+
+def test_threads_share_room_and_what_is_larger_goes_alone():
+    room, lock, inside, seen = Room(10), threading.Lock(), [], []
+
+    def work(amount):
+        with room.taken(amount):
+            with lock:
+                inside.append(amount)
+                seen.append(list(inside))
+            time.sleep(0.002)
+            with lock:
+                inside.remove(amount)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [3, 4, 25, 2, 9, 10, 1, 5] * 5))
+    assert all(sum(amounts) <= 10 or amounts == [25] for amounts in seen)
+    assert len(seen) == 40 and max(map(len, seen)) > 1 and room.used == 0
 
 
 def test_one_percent_unreadable_is_a_warning_that_names_them(tmp_path):

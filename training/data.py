@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -41,6 +43,10 @@ from freqgate_dit.training.image_sources import (
 BUILT_IN = "shapes_textures"
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "eval")
 MAX_UNREADABLE = 0.01
+# Longer side over shorter: beyond this the crop leaves little of an image, and resizing takes memory for all of it.
+MAX_ASPECT = 20
+# Pixels that all threads together decode at a time, each of which takes up to 16 bytes on its way to RGB.
+PIXELS_AT_A_TIME = 2**27
 # Part of every fingerprint: change it whenever the same files would give other pixels.
 TRANSFORM = "exif, white, rgb, shorter side lanczos, centre crop, v1"
 
@@ -223,11 +229,13 @@ def decode_image(data: bytes, resolution: int) -> torch.Tensor:
     """Decode one encoded image (its first frame) to uint8 `(3, resolution, resolution)`, as the module describes.
 
     Raises:
-        ValueError: if the pixels are floating point.
+        ValueError: if the pixels are floating point, or the image is a strip.
         OSError: if Pillow cannot read the data; its codecs may raise other errors, too.
     """
     with Image.open(BytesIO(data)) as image:
-        image = _to_rgb(ImageOps.exif_transpose(image))
+        _refuse_strip(image)
+        with _room.taken(image.width * image.height):
+            image = _to_rgb(ImageOps.exif_transpose(image))
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     if image.size != (width, height):
@@ -363,15 +371,44 @@ def _verify(data: bytes) -> None:
     """Raise on broken data, without decoding where that suffices."""
     with Image.open(BytesIO(data)) as image:
         _refuse_float(image)
+        _refuse_strip(image)
         if image.format == "PNG":
             image.verify()  # checksums
         elif image.format != "JPEG" or b"\xff\xd9" not in data[-4096:]:  # a JPEG without its end marker is cut off
-            image.load()
+            with _room.taken(image.width * image.height):
+                image.load()
 
 
 def _refuse_float(image: Image.Image) -> None:
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose black and white are unknown; convert to 8 or 16 bits")
+
+
+def _refuse_strip(image: Image.Image) -> None:
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_ASPECT} times as long as wide")
+
+
+class Room:
+    """What threads share out among them: `size` at a time, or one of them more, alone."""
+
+    def __init__(self, size: int):
+        self.size, self.used, self.changed = size, 0, threading.Condition()
+
+    @contextmanager
+    def taken(self, amount: int):
+        with self.changed:
+            self.changed.wait_for(lambda: not self.used or self.used + amount <= self.size)
+            self.used += amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= amount
+                self.changed.notify_all()
+
+
+_room = Room(PIXELS_AT_A_TIME)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

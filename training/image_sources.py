@@ -33,7 +33,10 @@ class FolderReader:
     root: Path
 
     def __call__(self, key: str) -> bytes:
-        return (self.root / key).read_bytes()
+        path = self.root / key
+        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device has no end
+            raise OSError("not a regular file")
+        return path.read_bytes()
 
     @property
     def identity(self) -> str:
@@ -82,7 +85,7 @@ class Index:
     or row numbers), stamps and digests; its name is a hash of the identity.
     """
 
-    FORMAT = 1  # raise it whenever other images would count as readable
+    FORMAT = 2  # raise it whenever other images would count as readable
 
     def __init__(self, read: Reader, cache_dir: str | Path | None):
         self.path, self.entries = None, {}
