@@ -239,6 +239,26 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, options, monkeypatch):
     assert steps_kept(tmp_path / "run") == [1, 2] and signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_and_says_so_at_once(name, tmp_path, options, monkeypatch, capfd):
+    number = getattr(signal, name)
+    handler = signal.getsignal(number)
+    signal_in_step(monkeypatch, 3, number)
+    train(options())
+    assert steps_kept(tmp_path / "run") == [3] and signal.getsignal(number) is handler
+    assert capfd.readouterr().err.count(f"{name}: stopping and saving after this step, or at once on another") == 1
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path, options, monkeypatch):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` has it
+    try:
+        signal_in_step(monkeypatch, 3, signal.SIGHUP)
+        train(options())
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert steps_kept(tmp_path / "run") == [6]
+
+
 def test_ctrl_c_while_images_are_encoded(tmp_path, options, monkeypatch):
     """What was encoded before is not encoded again. A run takes its shards in an order of its own, by chance."""
     encoded, encode = [], latents.encode

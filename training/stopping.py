@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+"""Ctrl-C, and signals of queues and of a lost terminal: finish the step, save, leave."""
 
+import os
 import signal
 import threading
 import time
@@ -9,13 +10,14 @@ from accelerate import Accelerator
 
 
 class StopRequest:
-    """A context inside which Ctrl-C and SIGTERM ask the run to stop instead of ending the process.
+    """A context inside which Ctrl-C, SIGTERM, SIGHUP (a dropped connection) and SIGUSR1 (what SLURM's `--signal` is
+    usually set to) ask the run to stop instead of ending the process, which is said at once.
 
-    A second signal ends a single process at once. With several, the launcher repeats the terminal's signal to each of
-    them, so a second one means nothing.
+    A second Ctrl-C or SIGTERM ends a single process at once. With several, the launcher repeats the terminal's signal
+    to each of them, so a second one means nothing. Under `nohup`, where SIGHUP is ignored, it stays so.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     # How often processes ask each other whether one of them was signalled, which waits for the device. A launcher
     # kills what still runs 30 s after the signal: where steps are slow, a number of steps alone would be too late.
     MAX_STEPS, SECONDS = 200, 2.0
@@ -28,7 +30,11 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Python allows handlers in the main thread only; a trainer run in another one is stopped by its owner.
         in_main_thread = threading.current_thread() is threading.main_thread()
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS if in_main_thread}
+        known = {name: getattr(signal, name) for name in self.SIGNALS if hasattr(signal, name)}  # Windows has two
+        if "SIGHUP" in known and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            del known["SIGHUP"]
+        numbers = known.values() if in_main_thread else ()
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *exception):
@@ -36,8 +42,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame):
-        self.received = True
-        if self.accelerator.num_processes == 1:
+        is_first, self.received = not self.received, True
+        alone = self.accelerator.num_processes == 1
+        if is_first and self.accelerator.is_main_process:
+            again = ", or at once on another signal" * alone
+            # Not `print`, which a signal may have interrupted.
+            os.write(2, f"\n{signal.Signals(number).name}: stopping and saving after this step{again}\n".encode())
+        if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
