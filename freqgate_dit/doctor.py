@@ -7,6 +7,7 @@ The report must come out where torch or diffusers are broken. So this process im
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -165,9 +165,8 @@ def known(version_of: VersionOf = installed_version) -> list[str]:
 
 
 def without_user(address: str) -> str:
-    """An address without the user and password that it may have before its host."""
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """An address, or a text with addresses, without the users and passwords that they may have before their hosts."""
+    return re.sub(r"(?<=://)[^/\s@]+@", "", address)
 
 
 def look():

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def read_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> None:
+def replace_folder(
+    folder: Path, write: Callable[[Path], object], mark: str, keep: Callable[[Path, Path], list[str]] | None = None
+) -> None:
     """Fill a new folder with `write`, then give it the name `folder`. What has that name stays if anything fails.
 
     It is moved to `FOLDER.<8 digits>.replaced` for the moment between two renames, and deleted after: a process that
@@ -66,6 +69,8 @@ def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> 
 
     Args:
         mark: a file that every folder has which `write` has filled. Another one is not replaced.
+        keep: of the old folder and the new one, what is moved from the one into the other. Where that fails, the old
+            folder stays under its other name, with a warning.
 
     Raises:
         FileExistsError: if there is a folder without the mark that is not empty.
@@ -77,7 +82,8 @@ def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> 
         temporary.mkdir(parents=True)
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
+            if not path.is_symlink():
+                sync(path)
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(temporary, folder)
@@ -87,7 +93,16 @@ def replace_folder(folder: Path, write: Callable[[Path], object], mark: str) -> 
         if replaced.exists() and not folder.exists():
             os.replace(replaced, folder)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    if not replaced.exists():
+        return
+    try:
+        for name in keep(replaced, folder) if keep else ():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(replaced / name, folder / name)
+    except Exception as error:  # whatever it is, the new folder is there, and the old one too
+        warnings.warn(f"not all of what others have put into {folder} is there now ({error}): see {replaced}.")
+    else:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def refuse_to_replace(folder: Path, mark: str) -> None:

@@ -100,13 +100,13 @@ def explain(
             "check the spelling."
         )
     has_token = bool(get_token() if token in (None, True) else token)
-    return HubError(_sentence(error, repo_id, revision, writing, has_token))
+    return HubError(without_user(_sentence(error, repo_id, revision, writing, has_token)))
 
 
 def _sentence(error: Exception, repo_id: str, revision: str | None, writing: bool, has_token: bool) -> str:
-    status, endpoint = status_of(error), without_user(constants.ENDPOINT)
+    status = status_of(error)
     login = "`hf auth login`, or set HF_TOKEN"
-    tokens = f"{endpoint}/settings/tokens"
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
     if isinstance(error, LocalTokenNotFoundError) or (status == 401 and writing and not has_token):
         return f"writing to {repo_id} on the Hub needs a token with write access, from {tokens}: {login}."
     if status in (403, 404) and writing:
@@ -117,7 +117,7 @@ def _sentence(error: Exception, repo_id: str, revision: str | None, writing: boo
     if isinstance(error, RevisionNotFoundError):
         return f"the repository {repo_id} has no `revision` {revision!r}: name one of its branches, tags or commits."
     if isinstance(error, GatedRepoError):
-        return f"the repository {repo_id} is gated: ask for access at {endpoint}/{repo_id}, then {login}."
+        return f"the repository {repo_id} is gated: ask for access at {constants.ENDPOINT}/{repo_id}, then {login}."
     if isinstance(error, RepositoryNotFoundError):
         seen = "that this token may see" if has_token else f"that is open to everybody (for a private one, {login})"
         return f"{repo_id!r} is neither a folder here nor a repository on the Hub {seen}: check the spelling."
@@ -132,7 +132,7 @@ def _sentence(error: Exception, repo_id: str, revision: str | None, writing: boo
     if may_pass(error):
         reason = type(error).__name__
         return (
-            f"the Hub ({endpoint}) cannot be reached for {repo_id}, or the connection broke off ({reason}): "
+            f"the Hub ({constants.ENDPOINT}) cannot be reached for {repo_id}, or the connection broke off ({reason}): "
             "try again later."
         )
     return f"{repo_id} cannot be copied: {error}"
@@ -371,14 +371,14 @@ def push_folder(
             if tag in [reference.name for reference in api.list_repo_refs(whole).tags]:
                 api.delete_tag(whole, tag=tag)
             api.create_tag(whole, tag=tag, revision=commit.oid)
-        return commit.pr_url or str(commit.repo_url)
+        return without_user(commit.pr_url or str(commit.repo_url))
 
     return with_retries(upload, lambda error: explain(error, repo_id, writing=True, token=token), WAITS, tell)
 
 
 def outdated_files(folder: Path, there: dict[str, object]) -> list[str]:
     """Of the files of a repository (path -> what is known of LFS) those that a push of `folder` makes wrong."""
-    here = set(split_strange(folder)[0])
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     outdated = []
     for component in {name.split("/")[0] for name in here if "/" in name and name.endswith(WEIGHTS)}:
         variants = {weights_variant(name) for name in here if name.startswith(f"{component}/") and is_weights(name)}

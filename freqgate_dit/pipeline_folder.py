@@ -43,7 +43,8 @@ OWN_FILES = (
     "training_config.yaml",
     "training_summary.json",
 )
-OWN_FOLDERS = {"evaluation": ".json", "figures": ".png"}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+OWN_FOLDERS = {"evaluation": (".json",), "figures": PICTURES}
 
 
 class DamagedPipelineError(OSError):
@@ -87,14 +88,14 @@ def split_strange(folder: Path) -> tuple[list[str], list[str]]:
     if isinstance(index["_class_name"], list):
         code.add(f"{index['_class_name'][0]}.py")
     known, strange = [], []
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
         name = path.relative_to(folder).as_posix()
         place, _, file = name.rpartition("/")
         is_known = (
             (not place and file in OWN_FILES)
             or name in code
             or (place in components and file.endswith((*SMALL_FILES, *WEIGHTS)) and not file.startswith("."))
-            or any(place == own and file.endswith(suffix) for own, suffix in OWN_FOLDERS.items())
+            or any(place == own and file.endswith(suffixes) for own, suffixes in OWN_FOLDERS.items())
         )
         (known if is_known else strange).append(name)
     return known, strange
@@ -273,9 +274,11 @@ def refuse_misfit(folder: Path, component: str, cls: type, variant: str | None =
             expected = {name: tuple(tensor.shape) for name, tensor in cls.from_config(config).state_dict().items()}
         problem = _difference(expected, found)
     if problem:
+        adapted = any(".base_layer." in name for name in found)
+        remedy = "save the model after `fuse_lora` and `unload_lora`" if adapted else "copy both anew"
         raise DamagedPipelineError(
-            f"the weights of the {component} in {str(folder)!r} do not fit its config.json: they have {problem}. Copy "
-            "both anew; of a model with a LoRA adapter save the weights after `fuse_lora` and `unload_lora`."
+            f"the weights of the {component} in {str(folder)!r} do not fit its config.json: they have {problem}. "
+            f"Remedy: {remedy}."
         )
 
 

@@ -30,8 +30,8 @@ def check_image_file(path: Path):
         ) from error
 
 
-def image_format(path: Path) -> str | None:
-    """What Pillow calls the format of a file, by its suffix."""
+def image_format(path: Path) -> str:
+    """What Pillow calls the format of a file, by its suffix, which stands for itself if that is unknown."""
     return Image.registered_extensions().get(path.suffix.lower(), path.suffix)
 
 

@@ -19,7 +19,15 @@ from freqgate_dit.files import read_json
 from freqgate_dit.findings import FILE as FINDINGS
 from freqgate_dit.findings import Findings
 from freqgate_dit.ladder import Ladder
-from freqgate_dit.pipeline_folder import INDEX, refuse_misfit, refuse_other_pipeline, refuse_without_index, variants_of
+from freqgate_dit.pipeline_folder import (
+    INDEX,
+    PICTURES,
+    missing_part,
+    refuse_misfit,
+    refuse_other_pipeline,
+    refuse_without_index,
+    variants_of,
+)
 from freqgate_dit.samplers import describe_sampler
 from freqgate_dit.transformer_freqgate_dit import VARIANTS
 
@@ -27,7 +35,6 @@ from freqgate_dit.transformer_freqgate_dit import VARIANTS
 # More than any memory holds.
 MOST_BLOCKS = 10_000
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 # What `training_summary.json` must hold; "heldout" is null where nothing was validated.
 TRAINING_KEYS = {
@@ -392,8 +399,10 @@ def _build_on_meta(folder: Path, config: dict) -> torch.nn.Module:
     name = config["_class_name"]
     if name not in variants:
         raise ValueError(f"`folder` ({folder}) has a transformer {name}, which this version does not know: update it.")
+    files = [f"transformer/{path.name}" for path in (folder / "transformer").iterdir()]
     for variant in variants_of(folder / "transformer"):
-        refuse_misfit(folder, "transformer", variants[name], variant)
+        if missing_part(files, "transformer", variant) is None:  # of a repository a part may have been downloaded
+            refuse_misfit(folder, "transformer", variants[name], variant)
     if config.get("num_layers", 0) > MOST_BLOCKS:  # of a repository, whose weights are not here to tell
         raise ValueError(f"`folder` ({folder}) claims {config['num_layers']} blocks (`num_layers`): it is damaged.")
     with torch.device("meta"):

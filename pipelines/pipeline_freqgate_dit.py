@@ -35,11 +35,17 @@ from transformers import PreTrainedModel
 __version__ = "0.1.0"
 
 SOURCE_GUIDANCE_SCALE = 2.5
-# Multistep solvers that give NaN where two steps have one timestep.
-ONE_STEP_PER_TIMESTEP = ("DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+# Solvers that divide by the distance of noise levels.
+NEED_DISTANCE = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
 WHY_BROKEN = (
-    "Of what can be changed in a call the likely causes are a number type that is too narrow (try float32) and a "
-    "`guidance_scale` far too large; otherwise the weights are damaged, or their training has diverged."
+    "Of what can be changed in a call the likely causes are a number type that is too narrow (try float32), a "
+    "`guidance_scale` far too large and more steps than the sampler can take; otherwise the weights are damaged, or "
+    "their training has diverged."
 )
 
 logger = logging.getLogger(__name__)
@@ -271,11 +277,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: if the transformer has a LoRA adapter, with which its weights would not load.
         """
-        if getattr(self.transformer, "peft_config", None):
+        if any(".base_layer." in name for name in self.transformer.state_dict()):
             raise ValueError(
-                f"the transformer has the LoRA adapters {list(self.transformer.peft_config)}, with which its weights "
-                "would not load: make them part of it by `fuse_lora()` and `unload_lora()`, or save the adapter alone "
-                "by `save_lora_adapter(folder)`."
+                "the transformer has LoRA adapters, or had, with whose names its weights would not load: make them "
+                "part of it by `fuse_lora()` and `unload_lora()`, or save the adapter alone by "
+                "`save_lora_adapter(folder)`."
             )
         folder = Path(save_directory)
         super().save_pretrained(folder, safe_serialization, variant, max_shard_size, **kwargs)
@@ -452,7 +458,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
         )
         self._check_guidance(guidance_scale, guidance_interval, guider)
-        self._check_scheduler(num_inference_steps)
+        self._check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, count in counts.items():
             if count < 1:
@@ -547,13 +553,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 "fractions of the steps."
             )
 
-    def _check_scheduler(self, num_inference_steps: int):
-        known = self.scheduler.config.get("num_train_timesteps")
-        if type(self.scheduler).__name__ in ONE_STEP_PER_TIMESTEP and known and num_inference_steps > known:
-            raise ValueError(
-                f"`num_inference_steps` ({num_inference_steps}) is more than the {known} timesteps of the schedule, "
-                f"which {type(self.scheduler).__name__} divides by the distance of: take fewer."
-            )
+    def _check_scheduler(self):
         prediction_type = self.scheduler.config.get("prediction_type")
         if prediction_type is None or self.scheduler.config.get("use_flow_sigmas"):
             raise ValueError(
@@ -578,6 +578,14 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"the scheduler ({type(self.scheduler).__name__}) has other betas than the one this pipeline was made "
                 "with, so the transformer would see noise levels under wrong timesteps: build it with "
                 f"`{type(self.scheduler).__name__}.from_config(...)` from the config of the pipeline's own scheduler."
+            )
+
+    def _check_distances(self, num_inference_steps: int):
+        name, sigmas = type(self.scheduler).__name__, getattr(self.scheduler, "sigmas", None)
+        if name in NEED_DISTANCE and sigmas is not None and (sigmas.diff() == 0).any():
+            raise ValueError(
+                f"`num_inference_steps` ({num_inference_steps}) gives two steps one noise level, by the distance of "
+                f"which {name} divides: take fewer."
             )
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
@@ -787,6 +795,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
         # 3. Timesteps and noise
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._check_distances(num_inference_steps)
         generator = self.prepare_generators(batch_size, seed, generator)
         latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
         # Stochastic schedulers draw from the same source at every step.

@@ -19,6 +19,7 @@ from freqgate_dit.training.compare import (
     Comparison,
     Job,
     code_digest,
+    evaluation_job,
     gpu_names,
     main,
     part_of_cores,
@@ -323,9 +324,15 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
     folder = tmp_path / "adaln_seed0"
     folder.mkdir()
     words = ["--max_steps", "1", "--dataset", str(tmp_path / "none"), "--output_dir", str(folder)]
-    with pytest.raises(FileExistsError, match="adaln_seed0 was not made by this comparison"):
-        training_job("adaln with seed 0", words, folder)
+    for _ in range(2):  # a refusal makes nothing its own
+        with pytest.raises(FileExistsError, match="adaln_seed0 was not made by this comparison"):
+            training_job("adaln with seed 0", words, folder)
     assert folder.exists()
+    (folder / "evaluation").mkdir()
+    for steps in (2, 3):
+        with pytest.raises(FileExistsError, match="evaluation was not made by this comparison"):
+            evaluation_job("adaln with seed 0", {"steps": steps}, folder)
+    (folder / "evaluation").rmdir()
     Path(f"{folder}.code").write_text("one")
     job = training_job("adaln with seed 0", words, folder)
     assert "adaln with seed 0 was cut off before its first checkpoint" in capsys.readouterr().out

@@ -95,6 +95,18 @@ def test_a_run_goes_on_with_its_own_options_where_none_are_given(folder, tmp_pat
     ).model.qk_norm
 
 
+def test_a_run_in_a_named_folder_is_the_one_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    default = str(SECTIONS["train"].__dataclass_fields__["output_dir"].default)
+    for folder, more in ((default, ["--dropout", "0.5"]), ("runs/photos64", ["--qk_norm", "true"])):
+        Path(folder).mkdir(parents=True)
+        first = parse_config(["--dataset", "photos", "--output_dir", folder, *more], preset=preset_for)
+        first.save(Path(folder) / "config.yaml")
+    for words in (["--dataset", "photos"], []):  # which data it was, the run knows
+        again = parse_config([*words, "--output_dir", default, "--resume", "latest"], preset=preset_for)
+        assert (again.model.dropout, again.model.qk_norm, again.data.dataset) == (0.5, False, "photos")
+
+
 def test_a_preset_gives_way_to_a_config(tmp_path):
     path = write(tmp_path, "max_steps: 10\ndataset: photos\n")
     assert parse_config(["--config", path], preset=preset_for) == parse_config(["--config", path])

@@ -1,13 +1,18 @@
 """What a run survives: kills, a full disk, damaged files, signals, several processes. It ends with the same bits."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import termios
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +21,20 @@ from pathlib import Path
 import psutil
 import pytest
 from components import assert_same_tensors, tiny_vae_kl
-from tiny_runs import MODEL, ROOT, command, command_line, environment, last_words, metrics, photos, run, state, train
+from tiny_runs import (
+    MODEL,
+    ROOT,
+    TINY,
+    command,
+    command_line,
+    environment,
+    last_words,
+    metrics,
+    photos,
+    run,
+    state,
+    train,
+)
 
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.training import latents
@@ -246,7 +264,34 @@ def test_a_signal_saves_and_says_so_at_once(name, tmp_path, options, monkeypatch
     signal_in_step(monkeypatch, 3, number)
     train(options())
     assert steps_kept(tmp_path / "run") == [3] and signal.getsignal(number) is handler
-    assert capfd.readouterr().err.count(f"{name}: stopping and saving after this step, or at once on another") == 1
+    assert (
+        capfd.readouterr().err.count(f"{name}: stopping and saving after this step, or at once on another Ctrl-C") == 1
+    )
+
+
+def test_a_lost_terminal_costs_no_step(tmp_path):
+    """The terminal is gone when its signal comes, and whatever is printed then is an error."""
+    master, terminal = pty.openpty()
+    words = command_line({**TINY, "output_dir": tmp_path / "run", "cache_dir": tmp_path, "max_steps": 100_000})
+    script = [sys.executable, str(ROOT / "training" / "train.py"), *words]
+    # A session of its own, whose terminal that is.
+    process = subprocess.Popen(script, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=own_terminal)
+    os.close(terminal)
+    text, end = b"", time.monotonic() + 60
+    while b"step 0: held-out" not in text and time.monotonic() < end:
+        if select.select([master], [], [], 1)[0]:
+            text += os.read(master, 4096)
+    os.close(master)
+    try:
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    assert steps_kept(tmp_path / "run")[-1] >= 1
+
+
+def own_terminal():
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path, options, monkeypatch):

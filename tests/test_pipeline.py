@@ -35,7 +35,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.pipelines.pipeline_freqgate_dit import (
-    ONE_STEP_PER_TIMESTEP,
+    NEED_DISTANCE,
     SOURCE_GUIDANCE_SCALE,
     decode_from_latents,
     encode_pooled_text,
@@ -208,11 +208,16 @@ def test_stochastic_schedulers_give_each_image_noise_of_its_own(pipe, scheduler)
     torch.testing.assert_close(sample(pipe, "dog", seed=6, guidance_scale=1), batch[1:], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ONE_STEP_PER_TIMESTEP)
-def test_solvers_that_divide_by_the_distance_of_timesteps_take_no_more_steps_than_there_are(pipe, name):
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match=rf"`num_inference_steps` \(1001\) is more than the 1000 timesteps .*{name}"):
-        pipe(0, num_inference_steps=1001)
+@pytest.mark.parametrize("name", NEED_DISTANCE)
+def test_solvers_that_divide_by_the_distance_of_noise_levels_are_finite_or_refuse(pipe, name):
+    for options, steps in (({}, 50), ({"timestep_spacing": "linspace"}, 1000), ({}, 1001)):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+        try:
+            found = sample(pipe, 0, num_inference_steps=steps, guidance_scale=1)
+        except ValueError as error:
+            assert steps > 50 and f"`num_inference_steps` ({steps}) gives two steps one noise level" in str(error)
+        else:
+            assert np.isfinite(np.asarray(found)).all() and steps < 1001
 
 
 @pytest.mark.parametrize("cause", ["weights", "guidance"])

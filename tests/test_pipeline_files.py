@@ -147,13 +147,21 @@ def test_a_config_alone_is_not_believed_everything(tmp_path):
         read_summary(tmp_path)
 
 
+def test_a_part_of_a_download_is_described(tmp_path):
+    make_pipeline().save_pretrained(tmp_path, max_shard_size="20KB")
+    next((tmp_path / "transformer").glob("*00002-of*.safetensors")).unlink()
+    assert read_summary(tmp_path).parameters
+    with pytest.raises(OSError, match="lacks a piece of the weights"):
+        FreqGateDiTPipeline.from_pretrained(tmp_path)
+
+
 def test_an_adapter_is_not_saved_in_a_pipeline(tmp_path):
     pytest.importorskip("peft")
     from peft import LoraConfig
 
     pipe = make_pipeline()
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"LoRA adapters \['default'\].*`unload_lora\(\)`"):
+    with pytest.raises(ValueError, match=r"LoRA adapters.*`unload_lora\(\)`"):
         pipe.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     pipe.transformer.fuse_lora()

@@ -769,21 +769,24 @@ def test_what_others_put_into_the_pipeline_stays(options, tmp_path):
     pipeline = tmp_path / "run" / "pipeline"
     card = (pipeline / "README.md").read_text(encoding="utf-8") + "mine\n"
     (pipeline / "README.md").write_text(card, encoding="utf-8")
+    mine = [pipeline / name for name in ("notes/a.md", "LICENSE", "figures/mine.png")]
     (pipeline / "notes").mkdir()
-    (pipeline / "notes" / "a.md").write_text("mine")
+    for file in mine:
+        file.write_text("mine")
+    (pipeline / "gone.md").symlink_to(tmp_path / "nowhere")
     beside = [tmp_path / "run" / name for name in ("pipeline.tmp", "pipeline.replaced")]
     for folder in beside:
         folder.mkdir()
         (folder / "mine.txt").write_text("mine")
     main(options(max_steps=2, resume="latest"))
     assert (pipeline / "README.md").read_text(encoding="utf-8") == card
-    assert (pipeline / "notes" / "a.md").read_text() == "mine"
+    assert all(file.read_text() == "mine" for file in mine) and (pipeline / "gone.md").is_symlink()
     assert all((folder / "mine.txt").read_text() == "mine" for folder in beside)
     assert (
         json.loads((pipeline / "training_summary.json").read_text())["images_seen"]
         == 2 * TINY["per_device_batch_size"]
     )
-    (pipeline / "training_summary.json").unlink()
+    (pipeline / "model_index.json").unlink()
     assert "pipeline would be replaced, but was not written" in refusal(options(max_steps=3, resume="latest"))
 
 

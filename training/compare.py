@@ -285,13 +285,13 @@ def training_job(name: str, words: list[str], folder: Path) -> Job:
     """Start or go on with the run in `folder`."""
     code = Path(f"{folder}.code")
     codes = codes_of([folder]) if folder.exists() else []
+    if folder.exists() and not codes and not checkpoint_folders(folder / "checkpoints"):
+        raise FileExistsError(f"{folder} was not made by this comparison: move it away, or name another `--out`.")
     code.parent.mkdir(parents=True, exist_ok=True)
     write_text(code, "\n".join(dict.fromkeys([*codes, code_digest()])))
     if checkpoint_folders(folder / "checkpoints"):
         words = [*words, "--resume", "latest"]
     elif folder.exists():
-        if not codes:
-            raise FileExistsError(f"{folder} was not made by this comparison: move it away, or name another `--out`.")
         print(f"{name} was cut off before its first checkpoint: deleting {folder}, starting again")
         shutil.rmtree(folder)
     return script_job(name, "train.py", words, folder)
@@ -301,8 +301,11 @@ def evaluation_job(name: str, options: dict, folder: Path, cores: Sequence[str] 
     """Start or go on with the evaluation of a trained run; one of other weights or options is deleted."""
     file, key = folder / "evaluation.key", evaluation_key(folder, options)
     if not file.is_file() or file.read_text(encoding="utf-8") != key:
-        if file.is_file():  # of other weights or options; what nobody has started here the evaluation itself refuses
-            shutil.rmtree(folder / "evaluation", ignore_errors=True)
+        if (folder / "evaluation").exists() and not file.is_file():
+            raise FileExistsError(
+                f"{folder / 'evaluation'} was not made by this comparison: move it away, or name another `--out`."
+            )
+        shutil.rmtree(folder / "evaluation", ignore_errors=True)
         write_text(file, key)
     words = words_of({"pipeline": folder / "pipeline", **options, "out": folder / "evaluation"})
     return script_job(name, "evaluation.py", [*cores, *words], folder)

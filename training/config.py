@@ -496,21 +496,28 @@ def none_or(convert: Callable, text: str):
 PRESETS = Path(__file__).parent / "configs"
 
 
-def preset_for(given: argparse.Namespace) -> Path | None:
-    """The options of those who give no `--config`: of one's own images in pixels a preset, or, where they go on with a
-    run, that run's; `None` for other data and for fine-tuning, whose model is the source's."""
+def preset_for(given: argparse.Namespace, named: set[str]) -> Path | None:
+    """The file of those who give no `--config`: to go on with a run its own, for one's own images in pixels a preset;
+    `None` for other data and for fine-tuning, whose model is the source's.
+
+    Args:
+        given: the command line's options, defaults among them.
+        named: which of them it has.
+    """
+    run = Path(given.output_dir) / "config.yaml"
+    if given.resume and "output_dir" in named and run.is_file():
+        return run
     if given.vae or given.init_from or given.dataset == BUILT_IN:
         return None
     preset = PRESETS / ("photos64.yaml" if given.resolution < 128 else "photos128.yaml")
-    named = given.output_dir != default_values()["output_dir"]
-    run = Path(given.output_dir if named else load_yaml(preset)["output_dir"]) / "config.yaml"
-    return run if given.resume and run.is_file() else preset
+    run = Path(load_yaml(preset)["output_dir"]) / "config.yaml"
+    return run if given.resume and "output_dir" not in named and run.is_file() else preset
 
 
 def parse_config(
     arguments: list[str] | None = None,
     description: str | None = None,
-    preset: Callable[[argparse.Namespace], Path | None] | None = None,
+    preset: Callable[[argparse.Namespace, set[str]], Path | None] | None = None,
 ) -> TrainingRun:
     """Defaults, then the YAML file of `--config`, then the command line.
 
@@ -543,7 +550,8 @@ def parse_config(
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_known_args(arguments)[0]
     file = given.config
-    if file is None and preset and (file := preset(given)) and os.environ.get("RANK", "0") == "0":
+    named = {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    if file is None and preset and (file := preset(given, named)) and os.environ.get("RANK", "0") == "0":
         print(
             f"no --config is given: options are those of {file.parent.name}/{file.name}; '--config none' does without"
         )

@@ -236,10 +236,10 @@ def decode_image(data: bytes, resolution: int) -> torch.Tensor:
         _refuse_strip(image)
         with _room.taken(image.width * image.height):
             image = _to_rgb(ImageOps.exif_transpose(image))
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+            scale = resolution / min(image.size)
+            width, height = (max(resolution, round(side * scale)) for side in image.size)
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     image = image.crop((left, top, left + resolution, top + resolution))
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())

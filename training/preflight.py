@@ -8,9 +8,10 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from freqgate_dit.files import refuse_to_replace
+from freqgate_dit.pipeline_folder import INDEX
+from freqgate_dit.training.checkpoints import checkpoint_folders
 from freqgate_dit.training.config import TrainConfig
 from freqgate_dit.training.ema import EMAProfile
-from freqgate_dit.training.publishing import SUMMARY
 
 
 # What `accelerate launch` sets for strategies that split the parameters or come with an engine of their own.
@@ -91,7 +92,7 @@ def refuse_other_folder(output_dir: Path, resume: str | None):
     """Raise unless `output_dir` is free for a new run, or holds the one that is resumed.
 
     Raises:
-        ValueError: names the folder, what it holds and what to do.
+        ValueError, FileExistsError: names the folder, what it holds and what to do.
     """
     is_run = (output_dir / "config.yaml").exists()
     if is_run and not resume:
@@ -99,14 +100,16 @@ def refuse_other_folder(output_dir: Path, resume: str | None):
             f"`output_dir` ({output_dir}) holds another run: choose another folder, delete it, or go on with "
             "`--resume latest`."
         )
-    goes_on = is_run or (resume and (resume != "auto" or (output_dir / "checkpoints").exists()))
+    checkpoints = output_dir / "checkpoints"
+    is_inside = resume in ("latest", "auto") or checkpoints.absolute() in Path(resume or "").absolute().parents
+    goes_on = is_run or (is_inside and checkpoint_folders(checkpoints))
     found = [name for name in WRITTEN if (output_dir / name).exists()]
     if found and not goes_on:
         raise ValueError(
             f"`output_dir` ({output_dir}) holds {', '.join(found)}, which a run would replace, and no config.yaml, "
             "which every run has: choose another folder, or move that away."
         )
-    refuse_to_replace(output_dir / "pipeline", SUMMARY)
+    refuse_to_replace(output_dir / "pipeline", INDEX)
 
 
 def gib(count: int) -> str:

@@ -52,22 +52,20 @@ def write_pipeline(
         with spare:
             _draw_figures(pipeline, temporary / "figures", pictures)
             write_card(temporary, repo_id, folder.name)
-        keep_strange(folder, temporary)
 
-    replace_folder(folder, write, SUMMARY)
+    replace_folder(folder, write, INDEX, keep_strange)
 
 
-def keep_strange(old: Path, new: Path):
-    """Copy from the pipeline folder `old`, if it is there, what no pipeline has, and a card that was edited."""
-    if not (old / INDEX).is_file():
-        return
-    names = split_strange(old)[1]
+def keep_strange(old: Path, new: Path) -> list[str]:
+    """What others have put into the pipeline folder `old` and nothing in `new` replaces, and a card that they edited.
+
+    Weights, settings and measurements are of the old weights and go.
+    """
+    known, strange = split_strange(old)
+    added = [name for name in known if name.startswith(("LICENSE", "figures/")) and not (new / name).exists()]
     card = old / CARD
-    if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
-        names.append(CARD)
-    for name in names:
-        (new / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(old / name, new / name, follow_symlinks=False)
+    is_edited = card.is_file() and not is_generated(card.read_text(encoding="utf-8"))
+    return [*strange, *added, *([CARD] if is_edited else [])]
 
 
 def _draw_figures(pipeline: FreqGateDiTPipeline, figures: Path, pictures: Mapping[str, Path]):

@@ -1,12 +1,23 @@
 """Ctrl-C, and signals of queues and of a lost terminal: finish the step, save, leave."""
 
+import contextlib
 import os
 import signal
+import stat
 import threading
 import time
 
 import torch
 from accelerate import Accelerator
+
+
+def _leave_lost_terminal():
+    """Write to nowhere what would go to a terminal that is lost, where every line is an error."""
+    with open(os.devnull, "wb") as nowhere:
+        for descriptor in (1, 2):
+            is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)
+            if is_device and not os.isatty(descriptor):
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 class StopRequest:
@@ -45,9 +56,11 @@ class StopRequest:
         is_first, self.received = not self.received, True
         alone = self.accelerator.num_processes == 1
         if is_first and self.accelerator.is_main_process:
-            again = ", or at once on another signal" * alone
-            # Not `print`, which a signal may have interrupted.
-            os.write(2, f"\n{signal.Signals(number).name}: stopping and saving after this step{again}\n".encode())
+            again = ", or at once on another Ctrl-C" * alone
+            with contextlib.suppress(OSError):  # not `print`, which a signal may have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: stopping and saving after this step{again}\n".encode())
+        if signal.Signals(number).name == "SIGHUP":
+            _leave_lost_terminal()
         if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
