@@ -44,7 +44,7 @@ def test_checkpoint_round_trip(tmp_path):
 def test_folder_that_is_being_written_is_never_taken(tmp_path):
     (path,) = save(tmp_path, 1)
     # All of its files are there already, but it has not got its name yet.
-    shutil.copytree(path, tmp_path / "step_00000002.tmp")
+    shutil.copytree(path, tmp_path / "step_00000002.0a1b2c3d.tmp")
     assert checkpoint_folders(tmp_path) == complete_checkpoints(tmp_path) == [path]
     assert find_checkpoint("latest", tmp_path) == path
     # A later run of the same step replaces it.
