@@ -399,7 +399,7 @@ def workers(launcher):
 
 def test_one_and_two_processes_continue_each_other(tmp_path, options, checkout):
     """One process, two until one of them gets SIGTERM, two until Ctrl-C, one again: the losses of one alone."""
-    run_dir, steps = tmp_path / "run", 120
+    run_dir, steps = tmp_path / "run", 240  # each of the two is heard within two seconds
     one = {"per_device_batch_size": 48, "gradient_accumulation_steps": 2, "ema": ["0.9", "power:0.1"]}
     two = options(**{**one, "per_device_batch_size": 24}, max_steps=steps, resume="latest")
     train(options(**one, max_steps=4))

@@ -627,10 +627,10 @@ def test_fine_tuning_may_be_started_again_and_again(tmp_path, options):
 
 def test_a_pipeline_is_replaced_whole(tmp_path, options):
     main(options(max_steps=2))
-    (tmp_path / "run" / "pipeline" / "left_over.txt").write_text("from an older version")
-    main(options(max_steps=3, resume="latest"))
     folder = tmp_path / "run" / "pipeline"
-    assert not (folder / "left_over.txt").exists()
+    (folder / "transformer" / "left_over.json").write_text("of an older version")
+    main(options(max_steps=3, resume="latest"))
+    assert not (folder / "transformer" / "left_over.json").exists()
     published = FreqGateDiTPipeline.from_pretrained(folder).transformer.state_dict()
     assert_same_tensors(published, state(tmp_path / "run", 3)["ema-0.9"])
     assert not list(folder.parent.glob("pipeline.*"))
