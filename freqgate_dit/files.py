@@ -96,7 +96,7 @@ def replace_folder(
     if not replaced.exists():
         return
     try:
-        for name in keep(replaced, folder) if keep else ():
+        for name in keep(replaced, folder) if keep and (replaced / mark).is_file() else ():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(replaced / name, folder / name)
     except Exception as error:  # whatever it is, the new folder is there, and the old one too

@@ -626,8 +626,11 @@ def test_fine_tuning_may_be_started_again_and_again(tmp_path, options):
 
 
 def test_a_pipeline_is_replaced_whole(tmp_path, options):
-    main(options(max_steps=2))
     folder = tmp_path / "run" / "pipeline"
+    main(options(max_steps=1))
+    shutil.rmtree(folder)
+    folder.mkdir()  # nobody's, and in nobody's way
+    main(options(max_steps=2, resume="latest"))
     (folder / "transformer" / "left_over.json").write_text("of an older version")
     main(options(max_steps=3, resume="latest"))
     assert not (folder / "transformer" / "left_over.json").exists()
