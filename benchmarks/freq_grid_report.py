@@ -65,6 +65,14 @@ class Runs:
         ours, theirs = (np.array([value(self.of[name][seed]) for seed in seeds]) for name in (arm, other))
         return asdict(paired_difference(100 * ours / theirs.mean(), 100 * theirs / theirs.mean()))
 
+    def recorded(self) -> dict[str, list[dict]]:
+        """By arm what is kept of each run: not the speed on a machine that other work shared (freq_grid_speed.py)."""
+        left_out = ("seconds_in_all", "images_per_second")
+        return {
+            arm: [{key: value for key, value in run.items() if key not in left_out} for run in by_seed.values()]
+            for arm, by_seed in self.of.items()
+        }
+
     def mean(self, arm: str, value) -> float:
         return float(np.mean([value(run) for run in self.of[arm].values()]))
 
@@ -148,18 +156,12 @@ def contrasts_table(found: list[dict]) -> str:
 
 
 def report(runs: Runs, out: Path, speed: dict[str, float]):
-    result = {"arms": {}, "reached": {}}
+    result = {"arms": runs.recorded(), "reached": {}}
     for name, pairs in (("equal computation", CONTRASTS), ("equal images", AT_EQUAL_IMAGES)):
         found = [one for pair in pairs if (one := contrast(runs, *pair))]
         for one, p in zip(found, holm([one["difference"]["p_two_sided"] for one in found])):
             one["p_holm"] = p
         result[name] = found
-    for arm in runs.of:
-        # Of a machine that other work shared; freq_grid_speed.py has the speeds that count.
-        left_out = ("seconds_in_all", "images_per_second")
-        result["arms"][arm] = [
-            {key: value for key, value in run.items() if key not in left_out} for run in runs.of[arm].values()
-        ]
     for target in ("full_grid", "diffusers"):
         reached = {arm: to_reach(runs, arm, target, speed) for arm in runs.of if arm != target}
         result["reached"][target] = {arm: share for arm, share in reached.items() if share}
@@ -200,7 +202,8 @@ def draw(runs: Runs, result: dict, out: Path):
         flops = [point["step"] * run["flops_per_step"] / 1e12 for point in run["curve"]]
         style = "--" if arm.endswith("_images") else "-"
         colour = plots.PALETTE[index % len(plots.PALETTE)]
-        axes.plot(flops[1:], np.mean(curves, axis=0)[1:], style, color=colour, label=arm, marker=".")
+        marker = ".sx"[index // len(plots.PALETTE) % 3]  # arms that share a colour
+        axes.plot(flops[1:], np.mean(curves, axis=0)[1:], style, color=colour, label=arm, marker=marker, ms=5)
     axes.set_xlabel("TFLOP of matrix products, forward x 3")
     axes.set_ylabel("held-out error of v, averaged weights")
     axes.set_xscale("log")

@@ -83,14 +83,8 @@ def main():
     rows = rows_of(runs, base)
     header = ("arm", "options", "TFLOP", "images", "held-out error", "difference by seed, %", "mean", "passes")
     text = table([words(row, row["arm"] == options.base) for row in rows], header)
-    # Of a machine that other work shared; freq_grid_speed.py has the speeds that count.
-    left_out = ("seconds_in_all", "images_per_second")
-    kept = {
-        arm: [{key: value for key, value in run.items() if key not in left_out} for run in by_seed.values()]
-        for arm, by_seed in runs.of.items()
-    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out.with_suffix(".json"), json.dumps({"arms": rows, "runs": kept}) + "\n")
+    write_text(options.out.with_suffix(".json"), json.dumps({"arms": rows, "runs": runs.recorded()}) + "\n")
     write_text(options.out.with_suffix(".md"), text + "\n")
     print(text)
 

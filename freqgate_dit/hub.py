@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from freqgate_dit.doctor import without_user
 from freqgate_dit.files import read_json
-from freqgate_dit.model_card import is_generated, write_card
+from freqgate_dit.model_card import is_edited, write_card
 from freqgate_dit.pipeline_folder import (
     INDEX,
     PACKAGE_MODULES,
@@ -427,12 +427,12 @@ def check_to_push(folder: Path):
 def _renew_card(folder: Path, repo_id: str, branch: str | None, api: HfApi, new_weights: bool) -> bool:
     """Make the card of `folder` anew unless somebody has edited it. Returns whether it is to be uploaded."""
     card = folder / "README.md"
-    if card.exists() and not is_generated(card.read_text(encoding="utf-8")):
+    if is_edited(card):
         return True
     if api.file_exists(repo_id, "README.md", revision=branch):
         with tempfile.TemporaryDirectory() as place:
             there = Path(api.hf_hub_download(repo_id, "README.md", revision=branch, local_dir=place))
-            edited = not is_generated(there.read_text(encoding="utf-8"))
+            edited = is_edited(there)
         # Of the same weights the repository may know more than a folder without a card.
         if edited or not (card.exists() or new_weights):
             return False

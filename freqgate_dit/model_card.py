@@ -58,7 +58,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, name: str | None 
         Whether it was written: a card that somebody has edited stays as it is.
     """
     path = Path(folder) / CARD
-    if path.exists() and not is_generated(path.read_text(encoding="utf-8")):
+    if is_edited(path):
         return False
     write_text(path, str(render_card(folder, repo_id, name)))
     return True
@@ -68,6 +68,11 @@ def card_in_words(folder: Path) -> str:
     """`write_card`, and what came of it."""
     is_new = write_card(folder)
     return f"the model card, {folder / CARD}, " + ("is made anew" if is_new else "was edited by hand, and stays")
+
+
+def is_edited(path: Path) -> bool:
+    """Whether there is a card in a file that is not as `render_card` made it."""
+    return path.exists() and not is_generated(path.read_text(encoding="utf-8"))
 
 
 def is_generated(card: str) -> bool:

@@ -14,7 +14,7 @@ from freqgate_dit.analysis import mechanism_figures
 from freqgate_dit.files import replace_folder
 from freqgate_dit.findings import FILE as FINDINGS
 from freqgate_dit.ladder import Ladder
-from freqgate_dit.model_card import is_generated, write_card
+from freqgate_dit.model_card import is_edited, write_card
 from freqgate_dit.pipeline_folder import CARD, INDEX, split_strange
 from freqgate_dit.training.config import TrainingRun, is_local
 from freqgate_dit.training.data import BUILT_IN, LabelledImages
@@ -63,9 +63,7 @@ def keep_strange(old: Path, new: Path) -> list[str]:
     """
     known, strange = split_strange(old)
     added = [name for name in known if name.startswith(("LICENSE", "figures/")) and not (new / name).exists()]
-    card = old / CARD
-    is_edited = card.is_file() and not is_generated(card.read_text(encoding="utf-8"))
-    return [*strange, *added, *([CARD] if is_edited else [])]
+    return [*strange, *added, *([CARD] if is_edited(old / CARD) else [])]
 
 
 def _draw_figures(pipeline: FreqGateDiTPipeline, figures: Path, pictures: Mapping[str, Path]):
