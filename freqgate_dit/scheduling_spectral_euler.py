@@ -38,6 +38,8 @@ OWN_ARGUMENTS = ("spectrum", "spectral_order", "use_spectral_sigmas", "temperatu
 LEVELS = 2000
 # Pieces of the integral over a step of second order.
 PIECES = 8
+# Steps whose factors are kept, each of a few times the size of an image.
+MAX_KEPT = 256
 
 
 def spectral_power(spectrum: dict, height: int, width: int) -> torch.Tensor:
@@ -176,8 +178,8 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         }
         self.register_to_config(**{f"_{name}": own[name] for name in OWN_ARGUMENTS})
         self._least_sigma = self.sigmas[-2].item()
-        self._sizes: dict[tuple[int, int], Frequencies] = {}
-        self._known: dict[tuple, NamedTuple] = {}
+        self._sizes = SharedByCopies()
+        self._known = SharedByCopies()
         self._previous = None
 
     # Of noise levels, from each of `switch_sigmas` on. If a step of length h costs c and errs by h^3, the least error
@@ -209,10 +211,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             and sigmas is None
         ):
             num_inference_steps, sigmas = None, self._spectral_sigmas(num_inference_steps)
-        before = self.sigmas
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
-        if not torch.equal(before, self.sigmas):
-            self._known.clear()
 
     def _spectral_sigmas(self, steps: int) -> list[float]:
         greatest = self.config.sigma_max or ((1 - self.alphas_cumprod[-1]) / self.alphas_cumprod[-1]).sqrt().item()
@@ -305,24 +304,30 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             self._sizes[size] = self.frequencies(*size)
         frequencies = self._sizes[size]
         frame = self._kept(state, size, lambda: frequencies.frame)
-        turn = self._kept(state, (size, step, follows), lambda: self._turn(frequencies, step, follows))
+        levels = tuple(self.sigmas[max(0, step - 1) : step + 2].tolist())
+        is_last = step + 2 == len(self.sigmas)
+        what = size, levels, follows, is_last
+        turn = self._kept(state, what, lambda: self._turn(frequencies, step, follows))
 
         deviation, predicted = frame.rows @ torch.stack([state, original]) @ frame.columns.T - frame.mean
         velocity = (predicted - turn.wiener * deviation) * turn.gain
         w = deviation * turn.whitening + turn.angle * velocity
         if turn.ahead is not None:
             w = w + turn.ahead * (velocity - self._previous[1])
-        is_last = step + 2 == len(self.sigmas)
         self._previous = None if is_last or self.config._spectral_order == 1 else (step, velocity)
         return frame.rows.T @ (frame.mean + turn.spread * w) @ frame.columns
 
     def _kept(self, state: torch.Tensor, what, compute: Callable[[], NamedTuple]) -> NamedTuple:
-        """What `compute` returns, on the device of `state`, computed once as long as the noise levels are the same."""
+        """What `compute` returns, on the device of `state`, kept for the next calls at these noise levels."""
         key = (what, state.device, state.dtype)
-        if key not in self._known:
+        kept = self._known.get(key)
+        if kept is None:
             tensors = compute()
-            self._known[key] = type(tensors)(*(None if tensor is None else tensor.to(state) for tensor in tensors))
-        return self._known[key]
+            kept = type(tensors)(*(None if tensor is None else tensor.to(state) for tensor in tensors))
+            if len(self._known) >= MAX_KEPT:
+                self._known.clear()
+            self._known[key] = kept
+        return kept
 
     def frequencies(self, height: int, width: int) -> "Frequencies":
         """What steps take of the spectrum for images of a size."""
@@ -374,6 +379,14 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
             share * frequencies.angle(start, stop)
             for share, start, stop in zip(covered.tolist(), levels[:-1], levels[1:], strict=True)
         )
+
+
+class SharedByCopies(dict):
+    """What is computed from the configuration of a scheduler alone: its copies, one for each call of a pipeline, need
+    not compute it again."""
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 class Frame(NamedTuple):

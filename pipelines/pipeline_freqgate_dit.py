@@ -6,21 +6,25 @@ every model repository. As part of the package it asks the package (`hub`, `pipe
 without running their code; as a repository's copy it leaves loading to diffusers.
 """
 
+import copy
 import difflib
 import importlib
 import inspect
 import json
 import logging
 import math
+import numbers
 import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -48,6 +52,13 @@ WHY_BROKEN = (
     "their training has diverged."
 )
 
+NO_NULL_EMBEDS = (
+    'guidance on `pooled_prompt_embeds` needs `negative_pooled_prompt_embeds`: pass the embedding of "", or '
+    "`guidance_scale=1`."
+)
+# Of an autoencoder whose numbers are made wider for a while, which other threads must not see.
+UPCASTING = threading.RLock()
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,15 +70,17 @@ def _package(module: str):
 @contextmanager
 def _upcast(vae: ModelMixin):
     """A float16 autoencoder that is known to overflow (`force_upcast`) computes in float32 and is put back."""
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
+    may_overflow = vae.config.get("force_upcast", False)
+    with UPCASTING if may_overflow else nullcontext():
+        dtype = vae.dtype
+        upcast = may_overflow and dtype == torch.float16
         if upcast:
-            vae.to(dtype)
+            vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if upcast:
+                vae.to(dtype)
 
 
 def encode_to_latent_moments(vae: ModelMixin, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -108,12 +121,21 @@ def vae_scale_factor(vae: ModelMixin) -> int:
 
 
 @torch.no_grad()
-def encode_pooled_text(tokenizer, text_encoder: PreTrainedModel, prompts: Sequence[str]) -> torch.Tensor:
-    """Pooled embeddings `(len(prompts), P)` by a CLIP text model: `pooler_output`, or `text_embeds` if it projects."""
+def encode_pooled_text(
+    tokenizer, text_encoder: PreTrainedModel, prompts: Sequence[str], device: torch.device | None = None
+) -> torch.Tensor:
+    """Pooled embeddings `(len(prompts), P)` by a CLIP text model: `pooler_output`, or `text_embeds` if it projects.
+
+    Warns of prompts of which it reads only the beginning. `device` is that of the inputs, by default the model's.
+    """
     max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    for prompt, tokens in zip(prompts, tokenizer(list(prompts)).input_ids):
+        if len(tokens) > max_length:
+            cut = tokenizer.decode(tokens[max_length - 1 : -1])
+            logger.warning(f"the end of the prompt {prompt!r}, {cut!r}, is cut: {max_length} tokens are read.")
     tokens = tokenizer(
         list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-    ).to(text_encoder.device)
+    ).to(device or text_encoder.device)
     output = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
     return output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
 
@@ -121,6 +143,14 @@ def encode_pooled_text(tokenizer, text_encoder: PreTrainedModel, prompts: Sequen
 def _uses_null_condition(guider) -> bool:
     """Whether a guider asks for predictions without the condition; all of diffusers' do."""
     return getattr(guider, "uses_null_condition", True)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def forget_origin(config_file: Path):
@@ -159,7 +189,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents", "noise_pred", "pred_original_sample"]
+    _callback_tensor_inputs = ["latents", "noise_pred", "pred_original_sample", "prompt_embeds"]
 
     def __init__(
         self,
@@ -179,13 +209,15 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        num_classes = transformer.config.num_classes
+        # Without a transformer (`from_pretrained(folder, transformer=None)`) it encodes prompts and decodes latents.
+        known = {} if transformer is None else transformer.config
+        num_classes = known.get("num_classes")
         if id2label and num_classes is not None and not all(0 <= int(key) < num_classes for key in id2label):
             raise ValueError(
                 f"`id2label` names the ids {sorted(map(int, id2label))}, but the transformer has {num_classes} "
                 f"classes: name ids from 0 to {num_classes - 1} only."
             )
-        output, expected = transformer.config.get("prediction_type"), scheduler.config.get("prediction_type")
+        output, expected = known.get("prediction_type"), scheduler.config.get("prediction_type")
         if output is not None and expected is not None and output != expected:
             raise ValueError(
                 f"`scheduler` expects prediction_type {expected!r}, but the transformer was built to output "
@@ -200,6 +232,10 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         self.vae_scale_factor = vae_scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        # Calls under way (see `_call_of_its_own`), and of the last one what diffusers' pipelines tell of theirs.
+        self._called: FreqGateDiTPipeline | None = None
+        self._calls: list[FreqGateDiTPipeline] = []
+        self._interrupted, self._guidance_scale, self._num_timesteps, self._current_timestep = False, None, 0, None
 
     # -- files and the Hub ------------------------------------------------------------------------------------------
 
@@ -277,7 +313,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: if the transformer has a LoRA adapter, with which its weights would not load.
         """
-        if any(".base_layer." in name for name in self.transformer.state_dict()):
+        if self.transformer is not None and any(".base_layer." in name for name in self.transformer.state_dict()):
             raise ValueError(
                 "the transformer has LoRA adapters, or had, with whose names its weights would not load: make them "
                 "part of it by `fuse_lora()` and `unload_lora()`, or save the adapter alone by "
@@ -397,6 +433,56 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """Whether guidance is possible: the model is conditional and has seen the null condition in training."""
         return self.is_conditional and self.config.class_dropout_prob != 0
 
+    # -- what a call is doing ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _call_of_its_own(self):
+        """The pipeline as one call, and its callback, see it: the same components, but a scheduler and a state of its
+        own, so that calls in several threads, or of a callback, leave each other alone."""
+        call, called = copy.copy(self), self._called or self
+        # Not by assignment, for which diffusers would write the configuration anew.
+        call.__dict__.update(scheduler=copy.deepcopy(self.scheduler), _called=called, _calls=[], _interrupted=False)
+        called._calls.append(call)
+        try:
+            yield call
+        finally:
+            called._calls.remove(call)
+            for name in ("_guidance_scale", "_num_timesteps", "_current_timestep"):
+                setattr(called, name, getattr(call, name))
+
+    def _latest(self) -> "FreqGateDiTPipeline":
+        """Of a pipeline, what was begun last of the calls under way."""
+        return next(reversed(self._calls), self)
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """That of the call. A callback may set `_guidance_scale`; 0 and 1 both switch guidance off there."""
+        return self._latest()._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Evaluations that the call takes (of the scheduler's timesteps; with guiders each may take several)."""
+        return self._latest()._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._latest()._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call is to stop after its step. A callback sets `_interrupt` for its own call; set on the
+        pipeline, from another thread, it stops all calls that are under way."""
+        return self._interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._interrupted
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool):
+        for call in (self, *self._calls):
+            call._interrupted = value
+
     # -- inputs -----------------------------------------------------------------------------------------------------
 
     def get_label_ids(self, labels: str | int | Sequence[str | int]) -> list[int]:
@@ -443,17 +529,22 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         negative_pooled_prompt_embeds,
         num_images_per_label: int,
         num_inference_steps: int,
-        height: int,
-        width: int,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        height: int | None,
+        width: int | None,
         guidance_scale: float | None,
         guidance_interval: tuple[float, float],
         guider,
         seed,
         generator,
+        latents,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
         """Raise `ValueError`, naming argument, value and remedy, for a call that cannot be served."""
+        if self.transformer is None:
+            raise ValueError("`transformer` is None: this pipeline can encode prompts and decode latents, not sample.")
         self._check_condition(
             class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
         )
@@ -461,17 +552,33 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self._check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"`{name}` ({count}) must be at least 1.")
+            if not _is_integer(count) or count < 1:
+                raise ValueError(f"`{name}` ({count!r}) must be an integer, at least 1.")
+        own_steps = {"timesteps": timesteps, "sigmas": sigmas}
+        own_steps = {name: values for name, values in own_steps.items() if values is not None}
+        if len(own_steps) > 1:
+            raise ValueError("`timesteps` and `sigmas` were both given: give only one of them.")
+        for name, values in own_steps.items():
+            if not len(values) or not all(_is_finite(value) for value in values):
+                raise ValueError(f"`{name}` ({values!r}) must be a list of numbers.")
+            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"`{name}` was given, but {type(self.scheduler).__name__} chooses its own: use "
+                    "`num_inference_steps`, or another scheduler."
+                )
 
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        if height % multiple or width % multiple or height <= 0 or width <= 0:
-            nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise ValueError(
-                f"`height` ({height}) and `width` ({width}) must be multiples of {multiple} (autoencoder factor "
-                f"{self.vae_scale_factor} x patch size {self.transformer.config.patch_size}); the nearest are "
-                f"{nearest[0]} and {nearest[1]}."
-            )
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (not _is_integer(side) or side <= 0 or side % multiple):
+                nearest = max(multiple, round(side / multiple) * multiple) if _is_finite(side) else multiple
+                raise ValueError(
+                    f"`{name}` ({side!r}) must be a multiple of {multiple} (autoencoder factor "
+                    f"{self.vae_scale_factor} x patch size {self.transformer.config.patch_size}), such as {nearest}."
+                )
+        for name, value, kind in (("generator", generator, torch.Generator), ("latents", latents, torch.Tensor)):
+            values = value if name == "generator" and isinstance(value, (list, tuple)) else [value]
+            if value is not None and not all(isinstance(one, kind) for one in values):
+                raise ValueError(f"`{name}` ({value!r}) must be of the type `torch.{kind.__name__}`.")
         if seed is not None and generator is not None:
             raise ValueError(f"`seed` ({seed}) and `generator` were both given: give only one of them.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -535,8 +642,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"`guider` and `guidance_interval` ({guidance_interval}) were both given: the guider has its own "
                 "`start` and `stop`."
             )
-        if guidance_scale is not None and not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` ({guidance_scale}) must be a finite number.")
+        if guidance_scale is not None and not _is_finite(guidance_scale):
+            raise ValueError(f"`guidance_scale` ({guidance_scale!r}) must be a finite number.")
         guided = _uses_null_condition(guider) if guider else guidance_scale is not None and guidance_scale != 1
         if guided and not self.has_null_condition:
             why = (
@@ -546,8 +653,9 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             )
             what = "`guider`" if guider is not None else f"`guidance_scale` ({guidance_scale})"
             raise ValueError(f"{what} needs a null condition, but this model {why}: use `guidance_scale=1`.")
-        start, stop = guidance_interval
-        if not 0 <= start <= stop <= 1:
+        is_pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
+        numeric = is_pair and all(map(_is_finite, guidance_interval))
+        if not numeric or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(
                 f"`guidance_interval` ({guidance_interval}) must be (start, stop) with 0 <= start <= stop <= 1, as "
                 "fractions of the steps."
@@ -580,17 +688,10 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"`{type(self.scheduler).__name__}.from_config(...)` from the config of the pipeline's own scheduler."
             )
 
-    def _check_distances(self, num_inference_steps: int):
-        name, sigmas = type(self.scheduler).__name__, getattr(self.scheduler, "sigmas", None)
-        if name in NEED_DISTANCE and sigmas is not None and (sigmas.diff() == 0).any():
-            raise ValueError(
-                f"`num_inference_steps` ({num_inference_steps}) gives two steps one noise level, by the distance of "
-                f"which {name} divides: take fewer."
-            )
-
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
         """Pooled text embeddings `(len(prompt), P)` of one prompt or several."""
-        return encode_pooled_text(self.tokenizer, self.text_encoder, [prompt] if isinstance(prompt, str) else prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return encode_pooled_text(self.tokenizer, self.text_encoder, prompts, self._execution_device)
 
     def prepare_conditions(
         self, class_labels, prompt, negative_prompt, pooled_prompt_embeds, negative_pooled_prompt_embeds, device
@@ -603,7 +704,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             if pooled_prompt_embeds is None:
                 pooled_prompt_embeds = self.encode_prompt(prompt)
             if negative_pooled_prompt_embeds is None and self.text_encoder is not None:
-                negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt)
+                negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt or "")
             if negative_pooled_prompt_embeds is not None:
                 negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.to(device)
                 count, dim = pooled_prompt_embeds.shape
@@ -616,6 +717,21 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.expand_as(pooled_prompt_embeds)
             return "pooled_projections", pooled_prompt_embeds.to(device), negative_pooled_prompt_embeds
         return None, None, None
+
+    def prepare_timesteps(self, num_inference_steps: int, timesteps, sigmas, device):
+        """Set the scheduler's timesteps: `num_inference_steps` of its own choice, or those that are given."""
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+        elif sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        name, levels = type(self.scheduler).__name__, getattr(self.scheduler, "sigmas", None)
+        if name in NEED_DISTANCE and levels is not None and (levels.diff() == 0).any():
+            raise ValueError(
+                f"`num_inference_steps` ({num_inference_steps}) gives two steps one noise level, by the distance of "
+                f"which {name} divides: take fewer."
+            )
 
     def prepare_generators(
         self,
@@ -635,12 +751,15 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             seed = torch.randint(2**48, ()).item()
         if hasattr(seed, "tolist"):  # NumPy scalar, array, tensor
             seed = seed.tolist()
-        if not isinstance(seed, (int, Sequence)) or isinstance(seed, str):
+        if not _is_integer(seed) and not isinstance(seed, (list, tuple, range)):
             raise ValueError(f"`seed` ({seed!r}) must be an int, or a list of one int for each image.")
-        seeds = [seed + index for index in range(batch_size)] if isinstance(seed, int) else [int(one) for one in seed]
+        seeds = [seed + index for index in range(batch_size)] if _is_integer(seed) else list(seed)
         if len(seeds) != batch_size:
             raise ValueError(f"`seed` has {len(seeds)} seeds for {batch_size} images: give one each, or one int.")
-        return [torch.Generator("cpu").manual_seed(one) for one in seeds]
+        for one in seeds:
+            if not _is_integer(one) or not -(2**63) <= one < 2**64:
+                raise ValueError(f"`seed` has {one!r}: seeds are integers from -2**63 to 2**64 - 1.")
+        return [torch.Generator("cpu").manual_seed(int(one)) for one in seeds]
 
     def prepare_latents(
         self,
@@ -671,18 +790,42 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     # -- one network evaluation -------------------------------------------------------------------------------------
 
-    def _denoise(self, latents, timestep, name, condition) -> torch.Tensor:
+    def _denoise(self, latents, timestep, name, condition, context: str = "cond") -> torch.Tensor:
         """The transformer's prediction in float32. The timestep stays as the scheduler made it, fractional."""
         if name == "pooled_projections":
             condition = condition.to(self.transformer.dtype)
         arguments = {} if name is None else {name: condition}
-        return self.transformer(latents.to(self.transformer.dtype), timestep, **arguments).sample.float()
+        with self._cache_context(context, latents, timestep):
+            return self.transformer(latents.to(self.transformer.dtype), timestep, **arguments).sample.float()
 
-    def _guided_prediction(self, latents, timestep, name, condition, null_condition, guidance_scale) -> torch.Tensor:
+    def _cache_context(self, name: str, latents, timestep):
+        """What diffusers' caches (`transformer.enable_cache`) are told of a pass. They begin anew with every call, and
+        where the number of samples or of tokens changes."""
+        transformer = self.transformer
+        if not getattr(transformer, "is_cache_enabled", False):
+            return nullcontext()
+        has_views = transformer.config.get("grid_views", 1) > 1
+        shape = len(latents), transformer.views_of(timestep[None]).item() if has_views else 0
+        if shape != self._cached_shape:
+            transformer._reset_stateful_cache()
+            self._cached_shape = shape
+        sigmas, step = getattr(self.scheduler, "sigmas", None), self.scheduler.step_index
+        return transformer.cache_context(
+            name,
+            step_index=step,
+            num_inference_steps=len(self.scheduler.timesteps),
+            timestep=timestep,
+            sigma=None if sigmas is None or step is None else sigmas[step].item(),
+        )
+
+    def _guided_prediction(self, latents, timestep, name, condition, null_condition) -> torch.Tensor:
         """Classifier-free guidance `uncond + s * (cond - uncond)` on all channels, both halves in one batch."""
+        if null_condition is None:  # and a callback has asked for guidance
+            raise ValueError(NO_NULL_EMBEDS)
         conditions = torch.cat([condition, null_condition])
-        cond, uncond = self._denoise(torch.cat([latents, latents]), timestep, name, conditions).chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+        both = self._denoise(torch.cat([latents, latents]), timestep, name, conditions, "cond_uncond")
+        cond, uncond = both.chunk(2)
+        return uncond + self._guidance_scale * (cond - uncond)
 
     def _guider_prediction(self, guider, latents, timestep, name, condition, null_condition, step, num_steps):
         """Prediction of a diffusers guider, which asks for its passes one by one."""
@@ -690,8 +833,10 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         batches = guider.prepare_inputs({} if name is None else {name: (condition, null_condition)})
         for batch in batches:
             guider.prepare_models(self.transformer)
+            given = getattr(batch, name) if name else None
             try:
-                batch.noise_pred = self._denoise(latents, timestep, name, getattr(batch, name) if name else None)
+                context = getattr(batch, guider._identifier_key)
+                batch.noise_pred = self._denoise(latents, timestep, name, given, context)
             finally:
                 guider.cleanup_models(self.transformer)
         return guider(batches).pred
@@ -703,11 +848,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self,
         class_labels: str | int | Sequence[str | int] | None = None,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         num_images_per_label: int = 1,
         num_inference_steps: int = 20,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guider=None,
@@ -725,12 +872,14 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: names or ids of classes, one or several, for a class-conditional model.
             prompt: one or several, for a text-conditional model with text encoder.
-            negative_prompt (`str`, defaults to `""`): the null condition of a text-conditional model.
+            negative_prompt (`str` or list, *optional*): the null condition of a text-conditional model, by default "".
             pooled_prompt_embeds (`torch.Tensor` of shape `(K, P)`, *optional*): instead of `prompt`.
             negative_pooled_prompt_embeds (`torch.Tensor` of shape `(1, P)` or `(K, P)`, *optional*): the null.
             num_images_per_label (`int`, defaults to `1`): images for each label or prompt. Images of one label follow
                 each other.
             num_inference_steps (`int`, defaults to `20`): steps of the scheduler.
+            timesteps, sigmas (list, *optional*): timesteps or noise levels of one's own, in place of
+                `num_inference_steps`, for schedulers whose `set_timesteps` takes them.
             guidance_scale (`float`, *optional*): s in `uncond + s * (cond - uncond)`. 1 is the conditional model, in
                 one pass per step. Defaults to 2.5 where the model has a null condition, otherwise to 1.
             guidance_interval (`tuple`, defaults to `(0, 1)`): fractions of the steps between which guidance acts.
@@ -744,17 +893,19 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 [0, 1], or "latent".
             return_dict (`bool`, defaults to `True`): an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, tensors)`; may return a
-                dict with new `latents`.
-            callback_on_step_end_tensor_inputs: of "latents", "noise_pred" and "pred_original_sample" (`None` with
-                schedulers that do not compute it).
+                dict with new `latents`. `pipe` is the pipeline as this call sees it: its `scheduler` and its state are
+                the call's own, and with `pipe._interrupt = True` the call stops, with `pipe._guidance_scale = s` it
+                goes on with another scale (0 or 1: without guidance). diffusers' `PipelineCallback`s name their own
+                tensors.
+            callback_on_step_end_tensor_inputs: of "latents", "noise_pred", "pred_original_sample" (`None` with
+                schedulers that do not compute it) and "prompt_embeds" (class ids or text embeddings, to read only).
 
         Raises:
             ValueError: for input that cannot be served, naming the argument, its value and the remedy.
         """
         # 1. Check and default
-        sample_size = self.transformer.config.sample_size * self.vae_scale_factor
-        height = sample_size if height is None else height
-        width = sample_size if width is None else width
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             class_labels,
             prompt,
@@ -763,6 +914,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             negative_pooled_prompt_embeds,
             num_images_per_label,
             num_inference_steps,
+            timesteps,
+            sigmas,
             height,
             width,
             guidance_scale,
@@ -770,9 +923,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             guider,
             seed,
             generator,
+            latents,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        sample_size = self.transformer.config.sample_size * self.vae_scale_factor
+        height = sample_size if height is None else height
+        width = sample_size if width is None else width
         if guidance_scale is None:
             guidance_scale = SOURCE_GUIDANCE_SCALE if self.has_null_condition else 1.0
         device = self._execution_device
@@ -788,48 +945,25 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             if null_condition is not None:
                 null_condition = null_condition.repeat_interleave(num_images_per_label, dim=0)
             elif _uses_null_condition(guider) if guider else guidance_scale != 1:
-                raise ValueError(
-                    "guidance on `pooled_prompt_embeds` needs `negative_pooled_prompt_embeds`: pass the embedding of "
-                    '"", or `guidance_scale=1`.'
-                )
+                raise ValueError(NO_NULL_EMBEDS)
 
-        # 3. Timesteps and noise
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._check_distances(num_inference_steps)
-        generator = self.prepare_generators(batch_size, seed, generator)
-        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
-        # Stochastic schedulers draw from the same source at every step.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
+        with self._call_of_its_own() as call:
+            # 3. Timesteps and noise
+            call.prepare_timesteps(num_inference_steps, timesteps, sigmas, device)
+            generator = call.prepare_generators(batch_size, seed, generator)
+            latents = call.prepare_latents(batch_size, height, width, device, generator, latents)
 
-        # 4. Denoise
-        timesteps = self.scheduler.timesteps
-        first_guided, last_guided = (int(fraction * len(timesteps)) for fraction in guidance_interval)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                model_input = self.scheduler.scale_model_input(latents, t)
-                if guider is not None:
-                    noise_pred = self._guider_prediction(
-                        guider, model_input, t, name, condition, null_condition, i, len(timesteps)
-                    )
-                elif guidance_scale != 1 and first_guided <= i < last_guided:
-                    noise_pred = self._guided_prediction(
-                        model_input, t, name, condition, null_condition, guidance_scale
-                    )
-                else:
-                    noise_pred = self._denoise(model_input, t, name, condition)
-                step = self.scheduler.step(noise_pred, t, latents, **step_kwargs)
-                latents = step.prev_sample
-
-                if callback_on_step_end is not None:
-                    tensors = {
-                        "latents": latents,
-                        "noise_pred": noise_pred,
-                        "pred_original_sample": step.get("pred_original_sample"),
-                    }
-                    tensors = {key: tensors[key] for key in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                progress_bar.update()
+            # 4. Denoise
+            call._guidance_scale = guidance_scale
+            latents = call._denoise_all(
+                latents,
+                (name, condition, null_condition),
+                guidance_interval,
+                copy.copy(guider),  # it counts steps and passes
+                generator,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
 
         # 5. Decode
         images = self.postprocess(latents, output_type)
@@ -837,6 +971,53 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+    def _denoise_all(
+        self, latents, conditions, guidance_interval, guider, generator, callback, callback_tensor_inputs
+    ) -> torch.Tensor:
+        """From noise to clean latents, at the timesteps of the scheduler."""
+        # Stochastic schedulers draw from the same source at every step.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps, self._cached_shape = len(timesteps), None
+        first_guided, last_guided = (int(fraction * len(timesteps)) for fraction in guidance_interval)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                self._current_timestep = t
+                model_input = self.scheduler.scale_model_input(latents, t)
+                if guider is not None:
+                    noise_pred = self._guider_prediction(guider, model_input, t, *conditions, i, len(timesteps))
+                elif self._guidance_scale != 1 and first_guided <= i < last_guided:
+                    noise_pred = self._guided_prediction(model_input, t, *conditions)
+                else:
+                    noise_pred = self._denoise(model_input, t, *conditions[:2])
+                step = self.scheduler.step(noise_pred, t, latents, **step_kwargs)
+                latents = step.prev_sample
+
+                if callback is not None:
+                    tensors = {
+                        "latents": latents,
+                        "noise_pred": noise_pred,
+                        "pred_original_sample": step.get("pred_original_sample"),
+                        "prompt_embeds": conditions[1],
+                    }
+                    tensors = {key: tensors[key] for key in callback_tensor_inputs}
+                    latents = self._call_back(callback, i, t, tensors).get("latents", latents)
+                progress_bar.update()
+                if self._interrupted:
+                    break
+        return latents
+
+    def _call_back(self, callback, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        """What the callback returns. Its guidance scale is checked as that of a call is."""
+        before = self._guidance_scale
+        returned = callback(self, step, timestep, tensors) or {}
+        if self._guidance_scale == 0 != before:  # diffusers' `SDCFGCutoffCallback` and its like
+            self._guidance_scale = 1.0
+        if self._guidance_scale != before:
+            self._check_guidance(self._guidance_scale, (0, 1), None)
+        return returned
 
     @torch.no_grad()
     def postprocess(self, latents: torch.Tensor, output_type: str = "pil"):
