@@ -56,17 +56,9 @@ class WeakModelGuidance(BaseGuidance):
         # Both models see the condition, which is the first of each pair.
         return [self._prepare_batch(data, 0, name) for name in self._input_predictions[: self.num_conditions]]
 
-    def prepare_models(self, denoiser: torch.nn.Module):
-        super().prepare_models(denoiser)
-        if not self.is_conditional:
-            self._forward = denoiser.__dict__.get("forward")
-            denoiser.forward = self.weak_model.to(denoiser.device, denoiser.dtype).forward
-
-    def cleanup_models(self, denoiser: torch.nn.Module):
-        if not self.is_conditional:
-            del denoiser.forward
-            if self._forward is not None:  # of a hook, for offloading, say
-                denoiser.forward = self._forward
+    def network_of_pass(self, denoiser: torch.nn.Module) -> torch.nn.Module:
+        """The network that answers the pass that was prepared last, on the device of `denoiser` and in its type."""
+        return denoiser if self.is_conditional else self.weak_model.to(denoiser.device, denoiser.dtype)
 
     def forward(self, pred_cond: torch.Tensor, pred_weak: torch.Tensor | None = None) -> GuiderOutput:
         if pred_weak is None:

@@ -24,6 +24,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -415,8 +416,17 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [DiTAttnProcessor, DiTMatmulAttnProcessor]
     _supports_qkv_fusion = False
 
-    def __init__(self, dim: int, heads: int, head_dim: int, bias: bool = True, qk_norm: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        bias: bool = True,
+        qk_norm: bool = False,
+        is_cross_attention: bool = False,
+    ):
         super().__init__()
+        self.is_cross_attention = is_cross_attention
         self.heads = heads
         self.head_dim = head_dim
         inner_dim = heads * head_dim
@@ -553,7 +563,12 @@ class CrossAttentionDiTBlock(DiTBlock):
         self.num_condition_tokens = num_condition_tokens
         self.norm_cross = nn.LayerNorm(dim, eps=self.norm1.eps, elementwise_affine=self.norm1.elementwise_affine)
         self.cross_attn = DiTAttention(
-            dim, num_attention_heads, attention_head_dim, bias=attention_bias, qk_norm=qk_norm
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            bias=attention_bias,
+            qk_norm=qk_norm,
+            is_cross_attention=True,
         )
 
     def forward(self, hidden_states, temb, cond, image_rotary_emb=None):
@@ -834,7 +849,7 @@ BAND_OPTIONS = {
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 
 
-class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     r"""
     Base of the DiT variants: patchify, embed time and condition once, run the blocks, unpatchify. A variant sets
     `block_class`, and overrides `append_condition` if its condition travels as tokens. Do not instantiate the base.
@@ -1551,6 +1566,29 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         output = self.unpatchify(proj_out(tokens), rows, columns)  # (B, C, h, w) of the view
         return self.compose(output, coefficients, dtype)
 
+    # -- caches -----------------------------------------------------------------------------------------------------
+
+    def enable_cache(self, config):
+        """Switch on a cache of diffusers: first-block, TaylorSeer, Mag or pyramid attention broadcast.
+
+        In a pipeline they begin anew with every call and, of a model with views, with every view.
+
+        Raises:
+            ValueError: for one that needs another kind of model.
+        """
+        why = {
+            "FasterCacheConfig": "expects the null condition before the condition in a guided batch, which has them "
+            "the other way round here",
+            "SeaCacheConfig": "is for flow matching",
+            "TextKVCacheConfig": "keeps keys of text tokens, which these models do not have",
+        }.get(type(config).__name__)
+        if why:
+            raise ValueError(
+                f"`config`: {type(config).__name__.removesuffix('Config')} {why}. Use `FirstBlockCacheConfig`, "
+                "`TaylorSeerCacheConfig`, `MagCacheConfig` or `PyramidAttentionBroadcastConfig`."
+            )
+        super().enable_cache(config)
+
     # -- looking inside ---------------------------------------------------------------------------------------------
 
     @property
@@ -1714,3 +1752,26 @@ VARIANTS: dict[str, type[ConditionedDiTTransformer2DModel]] = {
     "freq_gate": FreqGateDiTTransformer2DModel,
     "band_gate": BandGateDiTTransformer2DModel,
 }
+
+
+def _register_with_hooks():
+    """Tell diffusers' hooks (caches, guiders that leave out layers) how to skip our blocks and attentions.
+
+    The registries are private: where they are not as they were, the rest works without those hooks.
+    """
+    try:
+        from diffusers.hooks import _helpers as hooks
+
+        for model in VARIANTS.values():
+            metadata = hooks.TransformerBlockMetadata(return_hidden_states_index=0, _cls=model.block_class)
+            # Not by `register`, which first imports every model of diffusers that it knows.
+            hooks.TransformerBlockRegistry._registry[model.block_class] = metadata
+        for processor in DiTAttention._available_processors:
+            hooks.AttentionProcessorRegistry._registry[processor] = hooks.AttentionProcessorMetadata(
+                skip_processor_output_fn=lambda attn, hidden_states, *args, **kwargs: hidden_states
+            )
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.debug(f"diffusers' hooks do not know these blocks: {error}")
+
+
+_register_with_hooks()

@@ -129,7 +129,7 @@ def encode_pooled_text(
     Warns of prompts of which it reads only the beginning. `device` is that of the inputs, by default the model's.
     """
     max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    for prompt, tokens in zip(prompts, tokenizer(list(prompts)).input_ids):
+    for prompt, tokens in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids):
         if len(tokens) > max_length:
             cut = tokenizer.decode(tokens[max_length - 1 : -1])
             logger.warning(f"the end of the prompt {prompt!r}, {cut!r}, is cut: {max_length} tokens are read.")
@@ -642,6 +642,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"`guider` and `guidance_interval` ({guidance_interval}) were both given: the guider has its own "
                 "`start` and `stop`."
             )
+        if guider is not None and hasattr(
+            getattr(self.transformer, "_cache_config", None), "current_timestep_callback"
+        ):
+            raise ValueError(
+                "`guider` was given, whose passes pyramid attention broadcast would take for one another: use "
+                "`guidance_scale`, or another cache."
+            )
         if guidance_scale is not None and not _is_finite(guidance_scale):
             raise ValueError(f"`guidance_scale` ({guidance_scale!r}) must be a finite number.")
         guided = _uses_null_condition(guider) if guider else guidance_scale is not None and guidance_scale != 1
@@ -790,13 +797,15 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     # -- one network evaluation -------------------------------------------------------------------------------------
 
-    def _denoise(self, latents, timestep, name, condition, context: str = "cond") -> torch.Tensor:
-        """The transformer's prediction in float32. The timestep stays as the scheduler made it, fractional."""
+    def _denoise(self, latents, timestep, name, condition, context: str = "cond", network=None) -> torch.Tensor:
+        """The prediction in float32, by the transformer or another `network`, in a `context` for caches. The timestep
+        stays as the scheduler made it, fractional."""
         if name == "pooled_projections":
             condition = condition.to(self.transformer.dtype)
         arguments = {} if name is None else {name: condition}
+        network = network or self.transformer
         with self._cache_context(context, latents, timestep):
-            return self.transformer(latents.to(self.transformer.dtype), timestep, **arguments).sample.float()
+            return network(latents.to(self.transformer.dtype), timestep, **arguments).sample.float()
 
     def _cache_context(self, name: str, latents, timestep):
         """What diffusers' caches (`transformer.enable_cache`) are told of a pass. They begin anew with every call, and
@@ -831,12 +840,14 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """Prediction of a diffusers guider, which asks for its passes one by one."""
         guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
         batches = guider.prepare_inputs({} if name is None else {name: (condition, null_condition)})
+        # Of the package's guiders some have another network answer.
+        network_of_pass = getattr(guider, "network_of_pass", lambda transformer: transformer)
         for batch in batches:
             guider.prepare_models(self.transformer)
-            given = getattr(batch, name) if name else None
+            given, context = getattr(batch, name) if name else None, getattr(batch, guider._identifier_key)
             try:
-                context = getattr(batch, guider._identifier_key)
-                batch.noise_pred = self._denoise(latents, timestep, name, given, context)
+                network = network_of_pass(self.transformer)
+                batch.noise_pred = self._denoise(latents, timestep, name, given, context, network)
             finally:
                 guider.cleanup_models(self.transformer)
         return guider(batches).pred

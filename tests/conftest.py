@@ -5,14 +5,14 @@ import signal
 
 import pytest
 import torch
-from components import tiny_transformer
+from components import TEXT_DIM, make_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 from loopback_hub import LoopbackHub
 from matplotlib.figure import Figure
 from PIL import Image
 from tiny_runs import TINY, command_line, copy_source, reset_accelerate
 from transformer_cases import CONFIGURATIONS
 
-from freqgate_dit import VARIANTS
+from freqgate_dit import VARIANTS, FreqGateDiTPipeline
 from freqgate_dit.transformer_freqgate_dit import ConditionedDiTTransformer2DModel
 
 
@@ -106,3 +106,12 @@ def hub(monkeypatch, tmp_path):
         for waits in ("READ_WAITS", "WAITS"):
             monkeypatch.setattr(f"freqgate_dit.hub.{waits}", (0, 0, 0))
         yield hub
+
+
+@pytest.fixture
+def text_pipe(tmp_path) -> FreqGateDiTPipeline:
+    return make_pipeline(
+        tiny_transformer("cross_attention", num_classes=None, pooled_projection_dim=TEXT_DIM),
+        text_encoder=tiny_text_encoder(),
+        tokenizer=tiny_tokenizer(tmp_path / "vocabulary"),
+    )

@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 from components import make_pipeline, sample, tiny_transformer
-from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+)
+from diffusers.hooks import LayerSkipConfig
 
 from freqgate_dit.guidance import BandGuidance, InformationGuidance, WeakModelGuidance
 
@@ -63,6 +71,42 @@ def test_adaptive_projected_guidance(pipe):
         parallel = (difference * along).sum() * along
         expected = uncond[one] + 3.0 * (difference - parallel + 0.25 * parallel)
         torch.testing.assert_close(guided[one].double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["auto", "skip_layer", "perturbed_attention"])
+def test_guiders_that_leave_out_layers(variant, kind):
+    """Their other prediction is that of the model without a block, or with one whose tokens attend to themselves."""
+    pipe = make_pipeline(tiny_transformer(variant, num_layers=3))
+    model, weaker = pipe.transformer, tiny_transformer(variant, num_layers=3)
+    if kind == "perturbed_attention":
+        weaker.transformer_blocks[1].attn.processor = lambda attn, tokens, *_: attn.to_out(attn.to_v(tokens))
+        skip = LayerSkipConfig([1], skip_attention=False, skip_attention_scores=True, skip_ff=False)
+        guider = PerturbedAttentionGuidance(
+            3.0,
+            perturbed_guidance_scale=2.0,
+            perturbed_guidance_config=skip,
+            perturbed_guidance_start=0.0,
+            perturbed_guidance_stop=1.0,
+        )
+    else:
+        del weaker.transformer_blocks[1]
+        skip = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0, "skip_layer_guidance_scale": 2.0}
+        guider = {
+            "auto": lambda: AutoGuidance(3.0, auto_guidance_config=LayerSkipConfig([1])),
+            "skip_layer": lambda: SkipLayerGuidance(3.0, skip_layer_config=LayerSkipConfig([1]), **skip),
+        }[kind]()
+    before = sample(pipe, "cat")
+    # diffusers' two begin after the step that `start` names.
+    guided, latents, timestep = predictions(pipe, 1, 4, ["cat", "cat"], guider=guider)
+    assert torch.equal(sample(pipe, "cat"), before)
+    cond, null = (network(model, latents, timestep, label) for label in (0, 3))
+    if kind == "auto":
+        weak = network(weaker, latents, timestep, 3)
+        expected = weak + 3 * (cond - weak)
+    else:
+        expected = null + 3 * (cond - null) + 2 * (cond - network(weaker, latents, timestep, 0))
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - null - 3 * (cond - null)).abs().max() > 0.01
 
 
 def test_zero_star_guidance(pipe):

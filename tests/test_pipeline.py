@@ -13,8 +13,6 @@ from components import (
     euler,
     make_pipeline,
     sample,
-    tiny_text_encoder,
-    tiny_tokenizer,
     tiny_transformer,
     tiny_vae_kl,
 )
@@ -38,7 +36,6 @@ from freqgate_dit.pipelines.pipeline_freqgate_dit import (
     NEED_DISTANCE,
     SOURCE_GUIDANCE_SCALE,
     decode_from_latents,
-    encode_pooled_text,
     encode_to_latent_moments,
 )
 
@@ -51,15 +48,6 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 @pytest.fixture
 def pipe() -> FreqGateDiTPipeline:
     return make_pipeline()
-
-
-@pytest.fixture
-def text_pipe(tmp_path) -> FreqGateDiTPipeline:
-    return make_pipeline(
-        tiny_transformer("cross_attention", num_classes=None, pooled_projection_dim=TEXT_DIM),
-        text_encoder=tiny_text_encoder(),
-        tokenizer=tiny_tokenizer(tmp_path / "vocabulary"),
-    )
 
 
 @pytest.fixture
@@ -427,61 +415,6 @@ def test_missing_and_empty_conditions(pipe, text_pipe):
         sample(pipe, [])
     with pytest.raises(ValueError, match="`prompt` is empty"):
         sample(text_pipe, prompt=[])
-
-
-def test_prompts_condition_through_the_text_encoder(text_pipe):
-    results = sample(text_pipe, prompt=["cat", "dog"], seed=[3, 3])
-    assert not torch.allclose(results[0], results[1], atol=0.1)
-    embeds = text_pipe.encode_prompt(["cat", "dog"])
-    assert embeds.shape == (2, TEXT_DIM)
-    null = text_pipe.encode_prompt("")
-    by_embeds = sample(
-        text_pipe, pooled_prompt_embeds=embeds, negative_pooled_prompt_embeds=null, num_images_per_label=1, seed=[3, 3]
-    )
-    torch.testing.assert_close(by_embeds, results, **CLOSE)
-    assert torch.equal(sample(text_pipe, pooled_prompt_embeds=embeds, seed=[3, 3]), by_embeds)
-    # The negative prompt is the null condition.
-    torch.testing.assert_close(
-        sample(text_pipe, prompt="cat", negative_prompt="dog", guidance_scale=0, seed=3),
-        sample(text_pipe, prompt="dog", guidance_scale=1, seed=3),
-        **CLOSE,
-    )
-
-
-def test_pooled_text_is_the_text_models_own_and_independent_of_the_batch(tmp_path):
-    tokenizer, text_encoder = tiny_tokenizer(tmp_path), tiny_text_encoder()
-    prompts = ["a photo of cat", "", "a very long prompt that does not fit into the context"]
-    embeds = encode_pooled_text(tokenizer, text_encoder, prompts)
-    for prompt, embed in zip(prompts, embeds, strict=True):
-        # The text model alone, without padding.
-        ids = tokenizer(prompt, truncation=True, max_length=16, return_tensors="pt").input_ids
-        with torch.no_grad():
-            torch.testing.assert_close(text_encoder(ids).pooler_output[0], embed, rtol=1e-4, atol=1e-4)
-
-
-def test_embeds_without_a_text_encoder():
-    pipe = make_pipeline(tiny_transformer(num_classes=None, pooled_projection_dim=TEXT_DIM))
-    embeds = torch.randn(2, TEXT_DIM, generator=torch.Generator().manual_seed(0))
-    assert sample(pipe, pooled_prompt_embeds=embeds, guidance_scale=1).shape == (2, 4, 8, 8)
-    null = torch.zeros(1, TEXT_DIM)
-    assert torch.equal(
-        sample(pipe, pooled_prompt_embeds=embeds, negative_pooled_prompt_embeds=null),
-        sample(pipe, pooled_prompt_embeds=embeds, negative_pooled_prompt_embeds=null.expand(2, -1)),
-    )
-    with pytest.raises(ValueError, match="needs `negative_pooled_prompt_embeds`"):
-        sample(pipe, pooled_prompt_embeds=embeds)
-    with pytest.raises(ValueError, match="`prompt` .* needs a text encoder"):
-        sample(pipe, prompt="cat")
-    with pytest.raises(ValueError, match="`negative_prompt` .'blur'. needs a text encoder"):
-        sample(pipe, pooled_prompt_embeds=embeds, negative_prompt="blur")
-    with pytest.raises(ValueError, match="`pooled_prompt_embeds` is empty"):
-        sample(pipe, pooled_prompt_embeds=embeds[:0])
-    for wrong in (torch.zeros(3, TEXT_DIM), torch.zeros(1, 5)):
-        with pytest.raises(ValueError, match=r"`negative_pooled_prompt_embeds` .* \(1, 16\), .*\(2, 16\)"):
-            sample(pipe, pooled_prompt_embeds=embeds, negative_pooled_prompt_embeds=wrong)
-    for wrong in (embeds[0], embeds[:, :5]):
-        with pytest.raises(ValueError, match=r"`pooled_prompt_embeds` has shape .* expected \(prompts, 16\)"):
-            sample(pipe, pooled_prompt_embeds=wrong)
 
 
 def test_conditions_that_the_model_cannot_take(pipe, text_pipe, unconditional_pipe):
