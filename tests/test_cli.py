@@ -359,6 +359,11 @@ def test_weights_of_a_variant(folder, tmp_path, call, refused):
         (("--out", "cat.xbm"), "`--out` (cat.xbm) has a suffix that Pillow cannot write ('.xbm'): use .png or .jpg."),
         (("--out", "cat.h5"), "`--out` (cat.h5) has a suffix that Pillow cannot write ('.h5'): use .png or .jpg."),
         (("--out", "."), "`--out` (.) is a folder: name a file in it, such as samples.png."),
+        (
+            ("--out", "cat.h5/cat.png"),
+            "`--out` (cat.h5/cat.png) lies in what is no folder and cannot become one ([Errno 17] File exists: "
+            "'cat.h5').",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_anything_else(words, message, refused, tmp_path, monkeypatch):
@@ -367,6 +372,12 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_else(words, me
         (tmp_path / name).write_text("mine")
     assert refused("sample", "no/such/pipeline", *words) == message
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"cat.xbm": "mine", "cat.h5": "mine"}
+
+
+def test_out_of_memory_is_a_sentence(folder, tmp_path, refused, monkeypatch):
+    saved(folder)
+    monkeypatch.setattr("freqgate_dit.sampling.sample_images", lambda *args, **kwargs: torch.empty(2**60))
+    assert "out of memory" in refused("sample", folder, "--out", tmp_path / "cat.png")
 
 
 def test_names_do_not_reach_the_terminal_as_commands(folder, tmp_path, call, refused):
