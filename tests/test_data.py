@@ -108,6 +108,47 @@ def test_held_out_rule_that_empties_a_class_is_refused(folder):
         load(folder, heldout_per_class=5)
 
 
+def test_copies_of_training_images_are_not_held_out(folder):
+    before, heldout = load(folder, heldout_per_class=2)
+    shutil.copy(folder / "cat" / "00.png", folder / "cat" / "99.png")
+    with pytest.warns(
+        UserWarning, match="1 of 6 held-out images are, byte for byte, training ones.*: cat/99.png"
+    ) as told:
+        train, left = load(folder, heldout_per_class=2)
+    assert len(told) == 1
+    assert train.names == ["cat/00.png", "cat/01.png", "cat/02.png", "cat/03.png", *before.names[3:]]
+    assert left.names == ["cat/04.png", *heldout.names[2:]] and left.labels.tolist() == [0, 1, 1, 2, 2]
+
+
+def test_copies_on_one_side_stay(folder):
+    shutil.copy(folder / "cat" / "00.png", folder / "cat" / "000.png")
+    shutil.copy(folder / "dog" / "05.png", folder / "dog" / "06.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, heldout = load(folder, heldout_per_class=2)
+    assert "cat/000.png" in train.names and "dog/05.png" in heldout.names and len(train) + len(heldout) == 20
+
+
+def test_an_image_in_two_classes_is_told_and_not_held_out_of_one(folder):
+    shutil.copy(folder / "cat" / "00.png", folder / "dog" / "99.png")
+    shutil.copy(folder / "cat" / "01.png", folder / "wild" / "000.png")
+    with pytest.warns(UserWarning) as told:
+        train, heldout = load(folder, heldout_per_class=2)
+    two, copies = (str(warning.message) for warning in told)
+    assert "4 images" in two and "in two classes" in two
+    assert all(name in two for name in ("cat/00.png", "cat/01.png", "dog/99.png", "wild/000.png"))
+    assert "1 of 6 held-out images" in copies and "dog/99.png" in copies
+    assert "dog/99.png" not in heldout.names and {"cat/01.png", "wild/000.png"} <= {*train.names}
+
+
+def test_a_data_set_without_copies_keeps_its_fingerprints(tmp_path):
+    """Else no run of an earlier version would go on."""
+    for index, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png", "dog/10.png", "dog/2.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"P6 2 2 255\n" + bytes(range(index, index + 12)))  # the same in every Pillow
+    assert [part.fingerprint[:12] for part in load(tmp_path)] == ["562eaba68ec3", "09a7c1953586"]
+
+
 # Folders
 
 
@@ -584,8 +625,8 @@ def test_parquet_written_by_others_and_by_glob(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
-    for shard, names in enumerate((["c", "a"], ["d", "b"])):
-        table = pa.table({"image": rows(names), "label": ["x", "x"]})
+    for shard, part in enumerate((rows("cadb")[:2], rows("cadb")[2:])):
+        table = pa.table({"image": part, "label": ["x", "x"]})
         pq.write_table(table, tmp_path / f"part [{shard}].parquet")
     train, heldout = load(tmp_path / "*.parquet", heldout_per_class=1)
     assert train.names == ["a", "b", "c"] and heldout.names == ["d"]

@@ -4,7 +4,8 @@
 decoded lists of square RGB images. Every image takes the same way: EXIF orientation applied, transparency composited
 on white (what a browser shows), 16-bit grey scaled to 8 bits, anything else converted to RGB (colour profiles are not
 applied), shorter side resized to `resolution` with Lanczos, centre crop. Which image is held out depends on classes
-and names alone, never on the order in which they were found.
+and names alone, never on the order in which they were found; but what is byte for byte a training image is not held
+out, whatever its name.
 """
 
 import hashlib
@@ -168,8 +169,8 @@ def load_images(config: DataConfig, cache_dir: str | Path | None = None) -> tupl
     """Find, check and split the images that `config` names.
 
     Every file or row is read once, to fingerprint the content and to find unreadable images: up to 1% are left out
-    with a warning, more are an error. Classes without an image are left out with a warning. The parts are sorted by
-    class, then by name.
+    with a warning, more are an error. Classes without an image are left out with a warning, and so are held-out images
+    that are copies of training images. The parts are sorted by class, then by name.
 
     With `cache_dir`, what was readable is remembered there, and files of unchanged size and modification time are not
     read again (a file rewritten with the same size and the same time is not noticed, as with make and git). Rows of
@@ -195,7 +196,9 @@ def load_images(config: DataConfig, cache_dir: str | Path | None = None) -> tupl
     _refuse_split_names(class_names, config.dataset)
     items = _readable(items, read, config.dataset, Index(read, cache_dir))
     class_names, items = _drop_empty_classes(class_names, items)
-    return tuple(_part(class_names, part, read, config.resolution) for part in _split(class_names, items, config))
+    train, heldout = _split(class_names, items, config)
+    heldout = _without_copies(train, heldout, config.dataset)
+    return tuple(_part(class_names, part, read, config.resolution) for part in (train, heldout))
 
 
 def describe(train: LabelledImages, heldout: LabelledImages) -> str:
@@ -455,6 +458,28 @@ def _split(class_names: tuple[str, ...], items: list[Item], config: DataConfig) 
         smallest = min(len(group) for group in train)
         train = [group[:smallest] for group in train]
     return [item for group in train for item in group], [item for group in heldout for item in group]
+
+
+def _without_copies(train: list[Item], heldout: list[Item], dataset: str) -> list[Item]:
+    """The held-out images whose bytes are not those of a training image; tells of the others, and of all that are in
+    two classes. What is trained on does not depend on it."""
+    classes: dict[str, set[int]] = {}
+    for item in [*train, *heldout]:
+        classes.setdefault(item.digest, set()).add(item.label)
+    twice = [item.name for item in [*train, *heldout] if len(classes[item.digest]) > 1]
+    if twice:
+        warnings.warn(
+            f"dataset={dataset!r}: {len(twice)} images are, byte for byte, in two classes or more; keep each in one: "
+            f"{_some(twice, 5)}"
+        )
+    trained = {item.digest for item in train}
+    copies = [item.name for item in heldout if item.digest in trained]
+    if copies:
+        warnings.warn(
+            f"dataset={dataset!r}: {len(copies)} of {len(heldout)} held-out images are, byte for byte, training ones "
+            f"and left out: {_some(copies, 5)}"
+        )
+    return [item for item in heldout if item.digest not in trained]
 
 
 def _part(class_names: tuple[str, ...], items: list[Item], read: Reader, resolution: int) -> LabelledImages:
