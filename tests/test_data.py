@@ -184,6 +184,101 @@ def test_class_folder_without_images_is_left_out_with_a_warning(folder):
     assert train.labels.unique().tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("wrapper", ["photos", "photos/of/mine"])
+def test_classes_one_folder_further_down_are_told(tmp_path, wrapper):
+    for name in ("cat", "dog"):
+        for index in range(2):
+            write(tmp_path / wrapper / name / f"{index}.png", index + len(name) * ord(name[0]))
+    with pytest.warns(UserWarning, match="1 of 1 classes.*cat, dog") as told:
+        train, _ = load(tmp_path)
+    assert train.class_names == ("photos",)
+    assert str(tmp_path / wrapper) in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path / wrapper)[0].class_names == ("cat", "dog")
+
+
+def test_classes_of_folders_are_told_and_folders_beside_images_are_not(folder):
+    for index, name in enumerate(("siamese", "persian")):
+        write(folder / "tiger" / name / "1.png", 500 + index)
+        write(folder / "cat" / name / "1.png", 600 + index)
+        write(folder / "dog" / "images" / f"{name}.png", 700 + index)
+    with pytest.warns(UserWarning, match="1 of 4 classes.*'tiger': persian, siamese") as told:
+        train, _ = load(folder)
+    assert len(told) == 1 and train.class_names == ("cat", "dog", "tiger", "wild")
+
+
+def loose_photos(root, count=6):
+    for index in range(count):
+        write(root / f"{index}.png", index)
+    return [f"{index}.png" for index in range(count)]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+@pytest.mark.parametrize("labels", [["dog", "cat"], [10, 2]])
+def test_labels_of_imagefolder_are_read(tmp_path, name, labels):
+    """As `datasets` reads them."""
+    datasets = pytest.importorskip("datasets")
+    pandas = pytest.importorskip("pandas")
+    names = loose_photos(tmp_path)
+    table = pandas.DataFrame({"file_name": names, "text": "x", "label": labels * 3})
+    save = {".csv": table.to_csv, ".parquet": table.to_parquet}.get(Path(name).suffix)
+    if save is None:
+        table.to_json(tmp_path / name, orient="records", lines=True)
+    else:
+        save(tmp_path / name, index=False)
+    expected = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train", cache_dir=tmp_path / ".hf")
+    train, _ = load(tmp_path, heldout_fraction=0.0)
+    of = dict(zip(train.names, (train.class_names[label] for label in train.labels)))
+    assert train.class_names == tuple(map(str, sorted(labels)))
+    assert of == {Path(row["image"].filename).name: str(row["label"]) for row in expected}
+    assert load(tmp_path, label_column="text")[0].class_names == ("x",)
+    with pytest.raises(ValueError, match="label_column='kind' is not a column.*text"):
+        load(tmp_path, label_column="kind")
+
+
+def test_metadata_without_a_label_is_told_and_class_folders_come_first(folder, tmp_path):
+    pytest.importorskip("pandas")
+    names = loose_photos(tmp_path / "loose")
+    lines = "".join(json.dumps({"file_name": name, "kind": name[0]}) + "\n" for name in names)
+    (tmp_path / "loose" / "metadata.jsonl").write_text(lines)
+    with pytest.warns(UserWarning, match=r"without classes.*\['kind'\].*label_column"):
+        train, _ = load(tmp_path / "loose")
+    assert train.class_names == ()
+    (folder / "metadata.csv").write_text("file_name,label\ncat/00.png,x\n")
+    assert load(folder)[0].class_names == ("cat", "dog", "wild")
+    with pytest.raises(ValueError, match="metadata.csv has no label for 17 of 18 images.*cat/01.png"):
+        load(folder, label_column="label")
+    (folder / "metadata.csv").unlink()
+    with pytest.raises(ValueError, match="label_column='label' has no effect.*metadata.csv"):
+        load(folder, label_column="label")
+
+
+def test_labels_of_edm_are_read(tmp_path):
+    for index in range(4):
+        write(tmp_path / f"0000{index % 2}" / f"img{index}.png", index)
+    names = [f"0000{index % 2}/img{index}.png" for index in range(4)]
+    file = tmp_path / "dataset.json"
+    file.write_text(json.dumps({"labels": [[name, [7, 7, 3, 3][index]] for index, name in enumerate(names)]}))
+    train, _ = load(tmp_path, heldout_fraction=0.0)
+    assert train.class_names == ("3", "7") and train.labels.tolist() == [0, 0, 1, 1]
+    assert train.names == [names[2], names[3], names[0], names[1]]
+    file.write_text(json.dumps({"labels": None}))
+    assert load(tmp_path)[0].class_names == ()
+    for content, told in (
+        ({"labels": [[names[0], 1]]}, "dataset.json has no label for 3 of 4 images"),
+        ({"labels": [[name, [1, 0]] for name in names]}, r"integers or strings, but 00000/img0.png has \[1, 0\]"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=told):
+            load(tmp_path)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="dataset.json has the labels, and cannot be read"):
+        load(tmp_path)
+    file.write_text(json.dumps({"made by": "another tool"}))
+    assert load(tmp_path)[0].class_names == ("00000", "00001")
+
+
 def test_mixed_folder_is_refused(folder):
     write(folder / "stray.png")
     with pytest.raises(ValueError, match=r"mixes 1 loose images \(such as 'stray.png'\) with 3 subfolders"):
@@ -207,7 +302,7 @@ def test_empty_and_missing_are_refused(tmp_path):
         load(tmp_path / "photos.zip")
 
 
-@pytest.mark.parametrize("name", ["train", "Test", "val", "validation"])
+@pytest.mark.parametrize("name", ["train", "Test", "val", "validation", "training_set", "test-images", "val2017"])
 def test_split_names_as_classes_are_refused(tmp_path, name):
     write(tmp_path / name / "cat" / "1.png")
     with pytest.raises(ValueError, match=f"classes named like splits.*{name}.*Pass the folder"):
@@ -540,9 +635,9 @@ def test_unreadable_files_are_read_and_reported_every_time(tmp_path, reads):
         (root / name).write_bytes(b"no")
     (root / "gone.png").symlink_to(root / "nowhere")
     write(root / "new.png", 500)
-    with pytest.raises(ValueError, match="3 of 203 images cannot be read"):
+    with pytest.raises(ValueError, match="4 of 204 images cannot be read"):
         indexed(root, tmp_path / "cache")
-    for name in ("bad.png", "bad2.png", "bad3.png"):
+    for name in ("bad.png", "bad2.png", "bad3.png", "gone.png"):
         (root / name).unlink()
     reads.clear()
     train, heldout = indexed(root, tmp_path / "cache")
@@ -616,7 +711,8 @@ def test_parquet_labels_without_names(tmp_path):
     words = write_parquet(tmp_path / "w.parquet", {"image": rows("abcd"), "label": ["dog", "cat", "dog", "cat"]})
     assert load(words)[0].class_names == ("cat", "dog")
     none = write_parquet(tmp_path / "u.parquet", {"image": rows([None] * 11), "caption": ["x"] * 11})
-    train, heldout = load(none, heldout_per_class=1)
+    with pytest.warns(UserWarning, match=r"without classes.*\['caption'\].*label_column"):
+        train, heldout = load(none, heldout_per_class=1)
     assert train.class_names == () and train.names == [f"{row:02d}" for row in range(10)] and heldout.names == ["10"]
     assert load(none, label_column="caption")[0].class_names == ("x",)
 

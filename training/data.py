@@ -38,11 +38,15 @@ from freqgate_dit.training.image_sources import (
     open_parquet,
     scan_folder,
     scan_table,
+    some,
 )
 
 
 BUILT_IN = "shapes_textures"
-SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "eval")
+# Such as "train", "training_set", "val2017" and "test-images".
+SPLIT_NAMES = re.compile(
+    r"(train(ing)?|test(ing)?|val(id(ation)?)?|eval(uation)?)([\W_]*(set|split|data|images?|\d{4}))?", re.IGNORECASE
+)
 MAX_UNREADABLE = 0.01
 # Longer side over shorter: beyond this the crop leaves little of an image, and resizing takes memory for all of it.
 MAX_ASPECT = 20
@@ -65,9 +69,9 @@ class DataConfig:
     dataset: str = field(
         default=BUILT_IN,
         metadata={
-            "help": "'shapes_textures' (built in), an image folder (one class per subfolder; without subfolders: "
-            "unconditional), parquet files (path or glob ending in .parquet), or a Hub data set "
-            "('user/name', or its downloaded folder)."
+            "help": "'shapes_textures' (built in), an image folder (one class per subfolder, or labels in "
+            "metadata.csv, metadata.jsonl or EDM's dataset.json; otherwise unconditional), parquet files (path or glob "
+            "ending in .parquet), or a Hub data set ('user/name', or its downloaded folder)."
         },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
@@ -77,7 +81,10 @@ class DataConfig:
     )
     label_column: str | None = field(
         default=None,
-        metadata={"help": "Label column of parquet files or a Hub data set; found by type, then by name, if unset."},
+        metadata={
+            "help": "Label column of parquet files, a Hub data set or a folder's metadata.csv; found by type, then by "
+            "name, if unset."
+        },
     )
     resolution: int = field(
         default=32, metadata={"help": "Image side in pixels: shorter side resized (Lanczos), then centre crop."}
@@ -116,8 +123,8 @@ class DataConfig:
 # Options that only some kinds of data set read: refused elsewhere, because ignoring them would mislead.
 _APPLIES_TO = (
     (("hub",), ("dataset_split", "dataset_revision")),
-    (("parquet", "hub"), ("image_column", "label_column")),
-    (("folder", "parquet", "hub"), ("heldout_per_class", "heldout_fraction", "balance_classes")),
+    (("parquet", "hub"), ("image_column",)),
+    (("folder", "parquet", "hub"), ("label_column", "heldout_per_class", "heldout_fraction", "balance_classes")),
     (("built-in",), ("world", "num_images", "data_seed")),
 )
 
@@ -189,7 +196,7 @@ def load_images(config: DataConfig, cache_dir: str | Path | None = None) -> tupl
     if kind == "built-in":
         return _built_in(config)
     if kind == "folder":
-        class_names, items, read = scan_folder(Path(config.dataset).expanduser())
+        class_names, items, read = scan_folder(Path(config.dataset).expanduser(), config)
     else:
         rows = open_parquet(config) if kind == "parquet" else open_hub(config)
         class_names, items, read = scan_table(rows, config)
@@ -324,7 +331,7 @@ def _built_in(config: DataConfig) -> tuple[LabelledImages, LabelledImages]:
 
 
 def _refuse_split_names(class_names: tuple[str, ...], dataset: str) -> None:
-    splits = [name for name in class_names if name.lower() in SPLIT_NAMES]
+    splits = [name for name in class_names if SPLIT_NAMES.fullmatch(name)]
     if splits:
         raise ValueError(
             f"dataset={dataset!r} has classes named like splits: {splits}. Pass the folder (or files) of one split, "
@@ -356,11 +363,11 @@ def _readable(items: list[Item], read: Reader, dataset: str, index: Index) -> li
     if len(bad) > MAX_UNREADABLE * len(items):
         raise ValueError(
             f"dataset={dataset!r}: {len(bad)} of {len(items)} images cannot be read, more than {MAX_UNREADABLE:.0%}. "
-            f"Remove or replace them: {_some(bad, 5)}"
+            f"Remove or replace them: {some(bad, 5)}"
         )
     if bad:
         warnings.warn(
-            f"dataset={dataset!r}: {len(bad)} of {len(items)} images cannot be read and are left out: {_some(bad, 20)}"
+            f"dataset={dataset!r}: {len(bad)} of {len(items)} images cannot be read and are left out: {some(bad, 20)}"
         )
     return good
 
@@ -430,7 +437,7 @@ def _drop_empty_classes(class_names: tuple[str, ...], items: list[Item]) -> tupl
     if not class_names or len(used) == len(class_names):
         return class_names, items
     empty = [name for label, name in enumerate(class_names) if label not in set(used)]
-    warnings.warn(f"{len(empty)} classes have no image and are left out: {_some(empty, 20)}")
+    warnings.warn(f"{len(empty)} classes have no image and are left out: {some(empty, 20)}")
     new = {label: index for index, label in enumerate(used)}
     return tuple(class_names[label] for label in used), [item._replace(label=new[item.label]) for item in items]
 
@@ -470,14 +477,14 @@ def _without_copies(train: list[Item], heldout: list[Item], dataset: str) -> lis
     if twice:
         warnings.warn(
             f"dataset={dataset!r}: {len(twice)} images are, byte for byte, in two classes or more; keep each in one: "
-            f"{_some(twice, 5)}"
+            f"{some(twice, 5)}"
         )
     trained = {item.digest for item in train}
     copies = [item.name for item in heldout if item.digest in trained]
     if copies:
         warnings.warn(
             f"dataset={dataset!r}: {len(copies)} of {len(heldout)} held-out images are, byte for byte, training ones "
-            f"and left out: {_some(copies, 5)}"
+            f"and left out: {some(copies, 5)}"
         )
     return [item for item in heldout if item.digest not in trained]
 
@@ -510,7 +517,3 @@ def _in_threads(function: Callable, values: Sequence) -> Iterator:
 
 def _sample(part: LabelledImages, index: int) -> str:
     return part.names[index] + (f" ({part.class_names[part.labels[index]]})" if part.class_names else "")
-
-
-def _some(names: list[str], limit: int) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -4,6 +4,8 @@ import glob
 import hashlib
 import json
 import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Files with the labels of a folder: of EDM, and of the `imagefolder` of `datasets`.
+EDM_LABELS, METADATA = "dataset.json", ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+LABEL_COLUMNS = ("label", "labels", "class")
 
 
 class Item(NamedTuple):
@@ -116,48 +121,143 @@ class Index:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a folder is a downloaded Hub data set: parquet files where the Hub keeps them, and no image file."""
-    names = (name for _, _, files in os.walk(path) for name in files)
-    return any([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) and not any(map(_is_image_name, names))
+    return any([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) and not any(map(_is_image_name, _files(path)))
 
 
-def scan_folder(root: Path) -> tuple[tuple[str, ...], list[Item], Reader]:
-    """Class names, images and their reader; classes are the subfolders, and nothing deeper carries meaning."""
-    read = FolderReader(root)
-    entries = [entry for entry in sorted(os.listdir(root)) if not entry.startswith(".")]
-    loose = [entry for entry in entries if _is_image_name(entry) and (root / entry).is_file()]
-    folders = [entry for entry in entries if (root / entry).is_dir()]
-    nested = {folder: _image_files(root, folder) for folder in folders}
-    if not loose and not any(nested.values()):
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def scan_folder(root: Path, config: "DataConfig") -> tuple[tuple[str, ...], list[Item], Reader]:
+    """Class names, images and their reader. Classes are the subfolders, and nothing deeper carries meaning; or what a
+    file of labels says."""
+    _, folders, loose = next(_walk(root))
+    files = {"": loose, **{folder: _files(root, folder) for folder in folders}}
+    images = {folder: [name for name in names if _is_image_name(name)] for folder, names in files.items()}
+    used = [folder for folder in folders if images[folder]]
+    if not any(images.values()):
         raise ValueError(f"dataset={str(root)!r} holds no image; looked for {', '.join(EXTENSIONS)}.")
-    if loose and any(nested.values()):
-        with_images = [folder for folder in folders if nested[folder]]
+    labelled = _read_labels(root, config, has_classes=len(used) > 1)
+    if labelled is not None:
+        return *_labelled_items([name for names in images.values() for name in names], *labelled), FolderReader(root)
+    loose = images.pop("")
+    if loose and used:
         raise ValueError(
-            f"dataset={str(root)!r} mixes {len(loose)} loose images (such as {loose[0]!r}) with {len(with_images)} "
-            f"subfolders of images (such as {with_images[0]!r}). Move the loose images into a class folder, or "
+            f"dataset={str(root)!r} mixes {len(loose)} loose images (such as {loose[0]!r}) with {len(used)} "
+            f"subfolders of images (such as {used[0]!r}). Move the loose images into a class folder, or "
             "elsewhere; for an unconditional set put all images directly into one folder."
         )
     if loose:
-        return (), [Item(name, -1, name) for name in loose], read
-    items = [Item(name, label, name) for label, f in enumerate(folders) for name in nested[f]]
-    return tuple(folders), items, read
+        return (), [Item(name, -1, name) for name in loose], FolderReader(root)
+    _tell_unused_folders(root, [images[folder] for folder in used])
+    items = [Item(name, label, name) for label, folder in enumerate(folders) for name in images[folder]]
+    return tuple(folders), items, FolderReader(root)
 
 
-def _image_files(root: Path, folder: str) -> list[str]:
-    """Image files that are not hidden, below `root / folder` at any depth, relative to `root`."""
-    found, seen = [], set()
-    for directory, subfolders, files in os.walk(root / folder, followlinks=True):
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, in order, through links but not in circles, without what is hidden."""
+    seen = set()
+    for directory, subfolders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
         # Class folders are often links, and links can form circles.
-        subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
         if real not in seen:
-            relative = Path(directory).relative_to(root)
-            found += [(relative / name).as_posix() for name in files if _is_image_name(name)]
+            yield directory, subfolders, sorted(name for name in files if not name.startswith("."))
         seen.add(real)
-    return found
+
+
+def _files(root: Path, folder: str = "") -> list[str]:
+    """Files below `root / folder` at any depth, relative to `root`."""
+    return [
+        (Path(directory).relative_to(root) / name).as_posix()
+        for directory, _, names in _walk(root / folder)
+        for name in names
+    ]
 
 
 def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _tell_unused_folders(root: Path, classes: list[list[str]]) -> None:
+    """Warn of classes whose images all lie in folders of their own, which may be the classes that were meant."""
+    unused = {}
+    for names in classes:
+        parents = [PurePosixPath(name).parent for name in names]
+        folder = PurePosixPath(os.path.commonpath(parents))
+        below = sorted({parent.relative_to(folder).parts[:1] for parent in parents})
+        if () not in below:
+            unused[folder.as_posix()] = [name for (name,) in below]
+    if unused:
+        folder, below = next(iter(unused.items()))
+        warnings.warn(
+            f"dataset={str(root)!r}: {len(unused)} of {len(classes)} classes have all images in folders below, whose "
+            f"names are not used (in {folder!r}: {some(below, 5)}). If those are the classes, pass "
+            f"{str(root / folder)!r}."
+        )
+
+
+def _read_labels(root: Path, config: "DataConfig", has_classes: bool) -> tuple[str, dict[str, Any] | None] | None:
+    """A file with the labels of a folder, and label by relative name; `None` if no image has one. Without such a file,
+    `None`.
+
+    It is `dataset.json`, as EDM (Karras et al. 2022, arXiv:2206.00364) writes it, or the metadata that `imagefolder`
+    of `datasets` reads; the latter counts where folders are no classes, or the user names its column.
+    """
+    path = root / EDM_LABELS
+    if path.is_file():
+        content = _parsed(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+        if isinstance(content, dict) and "labels" in content:
+            return path.name, content["labels"] and dict(content["labels"])
+    for path in (root / name for name in METADATA):
+        if path.is_file() and (config.label_column or not has_classes):
+            table = _parsed(path, lambda path=path: _read_table(path, config.dataset))
+            columns = [name for name in table if name != "file_name"]
+            column = _label_column(columns, config, [name for name in LABEL_COLUMNS if name in columns])
+            return column and (path.name, dict(zip(table["file_name"], table[column].tolist())))
+    if config.label_column is not None:
+        raise ValueError(
+            f"label_column={config.label_column!r} has no effect on dataset={config.dataset!r}, which has no "
+            f"{' or '.join(METADATA)}: leave it out."
+        )
+    return None
+
+
+def _read_table(path: Path, dataset: str):
+    _import_datasets(dataset)
+    import pandas  # comes with `datasets`
+
+    if path.suffix == ".csv":
+        table = pandas.read_csv(path, keep_default_na=False)
+    elif path.suffix == ".jsonl":
+        table = pandas.read_json(path, lines=True, dtype=False)
+    else:
+        table = pandas.read_parquet(path)
+    if "file_name" not in table:
+        raise ValueError("no column is called file_name")
+    return table
+
+
+def _parsed(path: Path, parse: Callable[[], Any]):
+    try:
+        return parse()
+    except ValueError as error:
+        raise ValueError(f"{path} has the labels, and cannot be read ({error}): mend it, or move it away.") from error
+
+
+def _labelled_items(names: list[str], file: str, labels: dict[str, Any] | None) -> tuple[tuple[str, ...], list[Item]]:
+    if labels is None:
+        return (), [Item(name, -1, name) for name in names]
+    missing = [name for name in names if name not in labels]
+    if missing:
+        raise ValueError(
+            f"{file} has no label for {len(missing)} of {len(names)} images: {some(missing, 5)}. Add them to it, or "
+            "move them elsewhere."
+        )
+    class_names, numbers = _numbered([labels[name] for name in names], file, names)
+    return class_names, [Item(name, label, name) for name, label in zip(names, numbers)]
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
 def _import_datasets(dataset: str):
@@ -198,7 +298,8 @@ def open_hub(config: "DataConfig"):
 
 def scan_table(rows, config: "DataConfig") -> tuple[tuple[str, ...], list[Item], Reader]:
     """Class names, images and their reader, of the rows of parquet files or of a Hub data set."""
-    image_column, label_column = _image_column(rows, config), _label_column(rows, config)
+    image_column = _image_column(rows, config)
+    label_column = _table_labels(rows, image_column, config)
     images = _encoded(rows, image_column)
     names, names_files = _row_names(images, image_column)
     if not names:
@@ -215,7 +316,7 @@ def _image_column(rows, config: "DataConfig") -> str:
         for name, feature in rows.features.items()
         if type(feature).__name__ == "Image" or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
     ]
-    column = _choose_column(rows, config, "image_column", found)
+    column = _choose_column(rows.column_names, config, "image_column", found)
     if column is None:
         raise ValueError(
             f"dataset={config.dataset!r} has no image column among {rows.column_names}: pass image_column."
@@ -223,16 +324,26 @@ def _image_column(rows, config: "DataConfig") -> str:
     return column
 
 
-def _label_column(rows, config: "DataConfig") -> str | None:
+def _table_labels(rows, image_column: str, config: "DataConfig") -> str | None:
     typed = [name for name, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
-    named = [name for name in ("label", "labels", "class") if name in rows.features]
-    return _choose_column(rows, config, "label_column", typed or named)
+    named = [name for name in LABEL_COLUMNS if name in rows.features]
+    return _label_column([name for name in rows.column_names if name != image_column], config, typed or named)
 
 
-def _choose_column(rows, config: "DataConfig", option: str, found: list[str]) -> str | None:
+def _label_column(columns: list[str], config: "DataConfig", found: list[str]) -> str | None:
+    column = _choose_column(columns, config, "label_column", found)
+    if column is None and columns:
+        warnings.warn(
+            f"dataset={config.dataset!r} is read without classes: none of its columns {columns} is called "
+            f"{', '.join(LABEL_COLUMNS)}. If one of them holds the class, pass it as label_column."
+        )
+    return column
+
+
+def _choose_column(columns: list[str], config: "DataConfig", option: str, found: list[str]) -> str | None:
     name = getattr(config, option)
-    if name is not None and name not in rows.features:
-        raise ValueError(f"{option}={name!r} is not a column of the data set; its columns are {rows.column_names}.")
+    if name is not None and name not in columns:
+        raise ValueError(f"{option}={name!r} is not a column of the data set; its columns are {columns}.")
     if name is None and len(found) > 1:
         raise ValueError(f"{option}=None, but dataset={config.dataset!r} has several: pass one of {found}.")
     return name or (found[0] if found else None)
@@ -267,19 +378,30 @@ def _row_names(images, column: str) -> tuple[list[str], bool]:
 def _row_labels(rows, column: str) -> tuple[tuple[str, ...], list[int]]:
     feature = rows.features[column]
     values = list(rows.with_format(None)[column])
-    wrong = [row for row, value in enumerate(values) if not isinstance(value, (int, str))]
+    class_names, labels = _numbered(values, f"label_column={column!r}", [f"row {row}" for row in range(len(values))])
+    if type(feature).__name__ != "ClassLabel":
+        return class_names, labels
+    if min(values) < 0:
+        raise ValueError(
+            f"label_column={column!r} has {sum(value < 0 for value in values)} unlabelled rows (-1), the first is "
+            f"row {values.index(min(values))}. Pass a labelled split or file."
+        )
+    return tuple(feature.names), values
+
+
+def _numbered(values: list, source: str, places: list[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Class names, sorted, and the number of each of `values`, which `source` has for `places`."""
+    wrong = [number for number, value in enumerate(values) if not isinstance(value, (int, str))]
     if wrong:
         raise ValueError(
-            f"label_column={column!r} must hold integers or strings, but row {wrong[0]} has {values[wrong[0]]!r} "
-            f"({len(wrong)} such rows). Remove those rows or pass another label_column."
+            f"{source} must hold integers or strings, but {places[wrong[0]]} has {values[wrong[0]]!r} ({len(wrong)} "
+            "such). Remove those or pass another label_column."
         )
-    if type(feature).__name__ == "ClassLabel":
-        if min(values) < 0:
-            raise ValueError(
-                f"label_column={column!r} has {sum(value < 0 for value in values)} unlabelled rows (-1), the first is "
-                f"row {values.index(min(values))}. Pass a labelled split or file."
-            )
-        return tuple(feature.names), values
     distinct = sorted(set(values))
     index = {value: label for label, value in enumerate(distinct)}
     return tuple(str(value) for value in distinct), [index[value] for value in values]
+
+
+def some(names: Sequence[str], limit: int) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
