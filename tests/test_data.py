@@ -7,10 +7,12 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,18 @@ def rows(names):
 
 def load(dataset, **options):
     return load_images(DataConfig(dataset=str(dataset), resolution=8, **options))
+
+
+@contextmanager
+def as_no_root():
+    """Root may read and write everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 # The held-out rule
@@ -277,6 +291,26 @@ def test_labels_of_edm_are_read(tmp_path):
         load(tmp_path)
     file.write_text(json.dumps({"made by": "another tool"}))
     assert load(tmp_path)[0].class_names == ("00000", "00001")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("place", ["photos", "photos/dog", "photos/dog/deeper"])
+def test_folder_that_cannot_be_listed_is_an_error(place):
+    with tempfile.TemporaryDirectory() as top:  # not in pytest's folder, which is its user's alone
+        root = Path(top)
+        for name in ("cat", "dog", "dog/deeper"):
+            write(root / "photos" / name / "1.png", len(name))
+        root.chmod(0o755)
+        (root / place).chmod(0o311)
+        with as_no_root(), pytest.raises(ValueError, match=f"{place}' cannot be listed .Permission denied"):
+            load(root / "photos")
+        (root / place).chmod(0o755)
+
+
+def test_class_folder_that_is_a_link_to_nothing_is_an_error(folder):
+    (folder / "tiger").symlink_to(folder / "not mounted")
+    with pytest.raises(ValueError, match="tiger' is a link to nothing"):
+        load(folder)
 
 
 def test_mixed_folder_is_refused(folder):

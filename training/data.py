@@ -70,8 +70,8 @@ class DataConfig:
         default=BUILT_IN,
         metadata={
             "help": "'shapes_textures' (built in), an image folder (one class per subfolder, or labels in "
-            "metadata.csv, metadata.jsonl or EDM's dataset.json; otherwise unconditional), parquet files (path or glob "
-            "ending in .parquet), or a Hub data set ('user/name', or its downloaded folder)."
+            "metadata.csv, metadata.jsonl or EDM's dataset.json; otherwise unconditional), parquet files (path or "
+            "glob ending in .parquet), or a Hub data set ('user/name', or its downloaded folder)."
         },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Files with the labels of a folder: of EDM, and of the `imagefolder` of `datasets`.
 EDM_LABELS, METADATA = "dataset.json", ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+MEND = "make it readable, or move it out of the data set."
 LABEL_COLUMNS = ("label", "labels", "class")
 
 
@@ -154,14 +155,26 @@ def scan_folder(root: Path, config: "DataConfig") -> tuple[tuple[str, ...], list
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`, in order, through links but not in circles, without what is hidden."""
+    """As `os.walk`, in order, through links but not in circles, without what is hidden.
+
+    Raises:
+        ValueError: if a folder cannot be listed, or a link leads nowhere: images would be missed.
+    """
+
+    def refuse(error: OSError):
+        raise ValueError(f"dataset: folder {error.filename!r} cannot be listed ({error.strerror}): {MEND}") from error
+
     seen = set()
-    for directory, subfolders, files in os.walk(folder, followlinks=True):
+    for directory, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(directory)
         # Class folders are often links, and links can form circles.
         subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
         if real not in seen:
-            yield directory, subfolders, sorted(name for name in files if not name.startswith("."))
+            files = sorted(name for name in files if not name.startswith("."))
+            for name in files:  # a link to a file that is gone is reported with the images
+                if not _is_image_name(name) and not os.path.exists(os.path.join(directory, name)):
+                    raise ValueError(f"dataset: {os.path.join(directory, name)!r} is a link to nothing: {MEND}")
+            yield directory, subfolders, files
         seen.add(real)
 
 
