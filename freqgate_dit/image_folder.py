@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,7 +18,7 @@ from PIL import Image, ImageOps
 from freqgate_dit.devices import available_cores
 
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MEND = "make it readable, or move it elsewhere."
 # All that Pillow raised on 24,000 files with random bytes changed or cut off.
 UNREADABLE = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
 
@@ -58,11 +60,48 @@ class ImageFolder:
             return torch.from_numpy(np.stack(list(pool.map(decode, indices))))
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file has a suffix of a format that Pillow, or a plug-in of it, reads and calls an image: no document,
+    film or scientific data."""
+    form = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return form in Image.OPEN and Image.MIME.get(form, "").startswith("image/")
+
+
+def by_suffix(names: list[str]) -> str:
+    """How many files there are of each suffix, most first, such as "3 .txt, 1 without a suffix"."""
+    counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, in order, through links but not in circles, without what is hidden.
+
+    Raises:
+        ValueError: if a folder cannot be listed, or a link leads nowhere: images would be missed.
+    """
+
+    def refuse(error: OSError):
+        raise ValueError(f"folder {error.filename!r} cannot be listed ({error.strerror}): {MEND}") from error
+
+    seen = set()
+    for directory, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(directory)
+        # Class folders are often links, and links can form circles.
+        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+        if real not in seen:
+            files = sorted(name for name in files if not name.startswith("."))
+            for name in files:  # a link to a file that is gone is reported with the images
+                if not is_image_name(name) and not os.path.exists(os.path.join(directory, name)):
+                    raise ValueError(f"{os.path.join(directory, name)!r} is a link to nothing: {MEND}")
+            yield directory, subfolders, files
+        seen.add(real)
+
+
 def read_images(folder: str | Path, resolution: int | None = None, refuse_jpeg: bool = False) -> ImageFolder:
     """Find and check the images of a folder and of its subfolders; every file is read once. None is resized.
 
     Args:
-        folder: holds PNG, JPEG, WebP, BMP, GIF or TIFF files at any depth; hidden ones do not count.
+        folder: holds image files at any depth; hidden ones do not count.
         resolution: the side that every image must have; by default that of the first one.
         refuse_jpeg: for generated images, whose JPEG artefacts would be measured as the model's.
 
@@ -73,10 +112,12 @@ def read_images(folder: str | Path, resolution: int | None = None, refuse_jpeg: 
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"`folder` ({folder}) is no folder (current directory: {Path.cwd()}).")
-    found = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    names = sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    files = [
+        Path(directory, name).relative_to(root).as_posix() for directory, _, names in walk(root) for name in names
+    ]
+    names = sorted(filter(is_image_name, files))
     if not names:
-        raise ValueError(f"`folder` ({folder}) holds no image; looked for {', '.join(EXTENSIONS)}.")
+        raise ValueError(f"`folder` ({folder}) holds no image that Pillow reads, but {by_suffix(files) or 'nothing'}.")
     with ThreadPoolExecutor(available_cores()) as pool:
         checked = list(pool.map(lambda name: _inspect(root, name), names))
     side = resolution or checked[0][0][0]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from transformers import HfArgumentParser
 
 from freqgate_dit.training.data import DataConfig, Room, _in_threads, decode_image, describe, load_images
@@ -274,7 +274,9 @@ def test_labels_of_edm_are_read(tmp_path):
     names = [f"0000{index % 2}/img{index}.png" for index in range(4)]
     file = tmp_path / "dataset.json"
     file.write_text(json.dumps({"labels": [[name, [7, 7, 3, 3][index]] for index, name in enumerate(names)]}))
-    train, _ = load(tmp_path, heldout_fraction=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, _ = load(tmp_path, heldout_fraction=0.0)
     assert train.class_names == ("3", "7") and train.labels.tolist() == [0, 0, 1, 1]
     assert train.names == [names[2], names[3], names[0], names[1]]
     file.write_text(json.dumps({"labels": None}))
@@ -320,7 +322,7 @@ def test_mixed_folder_is_refused(folder):
 
 
 def test_empty_and_missing_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no image; looked for .png"):
+    with pytest.raises(ValueError, match="holds no image that Pillow reads, but nothing"):
         load(tmp_path)
     (tmp_path / "part.parquet").touch()
     with pytest.raises(ValueError, match="could not be loaded as a Hub data set"):
@@ -343,6 +345,46 @@ def test_split_names_as_classes_are_refused(tmp_path, name):
         load(tmp_path)
     train, _ = load(tmp_path / name)
     assert train.class_names == ("cat",)
+
+
+SUFFIXES = [
+    ".jfif",
+    ".jp2",
+    ".j2k",
+    ".ppm",
+    ".tga",
+    ".sgi",
+    ".pcx",
+    ".apng",
+    ".ico",
+    *[".avif"] * features.check("avif"),
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_still_image_that_pillow_reads_is_read(folder, suffix):
+    picture(300, (16, 16)).save(folder / "cat" / f"one more{suffix.upper()}", Image.registered_extensions()[suffix])
+    train, heldout = load(folder)
+    names = train.names + heldout.names
+    assert len(names) == 19 and f"cat/one more{suffix.upper()}" in names
+
+
+def test_what_is_no_still_image_is_left_out_and_counted(folder):
+    others = ["a.pdf", "b.ps", "c.eps", "d.mpg", "e.mp4", "f.txt", "g.TXT", "h.h5", "i.svg", "j"]
+    for name in others:
+        (folder / "cat" / name).write_bytes(b"no image")
+    (folder / "k.csv").touch()
+    with pytest.warns(UserWarning, match="no images are left out: 2 .txt, ") as told:
+        train, heldout = load(folder)
+    message = str(told[0].message)
+    assert len(train) + len(heldout) == 18 and len(told) == 1
+    for count in ("1 .csv", "1 .pdf", "1 .ps", "1 .eps", "1 .mpg", "1 .mp4", "1 .h5", "1 .svg", "1 without a suffix"):
+        assert count in message
+    shutil.rmtree(folder / "dog")
+    for file in folder.rglob("*.png"):
+        file.rename(file.with_suffix(".nef"))
+    with pytest.raises(ValueError, match="holds no image that Pillow reads, but 12 .nef, 2 .txt"):
+        load(folder)
 
 
 # Unreadable files

@@ -448,8 +448,18 @@ def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`folder` \(.*missing\) is no folder"):
         read_images(tmp_path / "missing")
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(ValueError, match="holds no image; looked for .png"):
+    with pytest.raises(ValueError, match="holds no image that Pillow reads, but 1 .txt"):
         read_images(tmp_path)
+    (tmp_path / "more").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(ValueError, match="more' is a link to nothing"):
+        read_images(tmp_path)
+
+
+def test_every_still_image_that_pillow_reads_counts(tmp_path):
+    write_images(tmp_path, 2)
+    Image.new("RGB", (16, 16)).save(tmp_path / "002.jp2")
+    (tmp_path / "003.pdf").write_bytes(b"no image")
+    assert read_images(tmp_path).names == ["000.png", "001.png", "002.jp2"]
 
 
 # -- reference sets ---------------------------------------------------------------------------------------------------

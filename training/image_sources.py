@@ -5,22 +5,21 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from freqgate_dit.files import replace_file
+from freqgate_dit.image_folder import by_suffix, is_image_name, walk
 
 
 if TYPE_CHECKING:
     from freqgate_dit.training.data import DataConfig
 
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Files with the labels of a folder: of EDM, and of the `imagefolder` of `datasets`.
 EDM_LABELS, METADATA = "dataset.json", ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-MEND = "make it readable, or move it out of the data set."
 LABEL_COLUMNS = ("label", "labels", "class")
 
 
@@ -122,7 +121,7 @@ class Index:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a folder is a downloaded Hub data set: parquet files where the Hub keeps them, and no image file."""
-    return any([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) and not any(map(_is_image_name, _files(path)))
+    return any([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) and not any(map(is_image_name, _files(path)))
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -131,13 +130,18 @@ def is_snapshot(path: Path) -> bool:
 def scan_folder(root: Path, config: "DataConfig") -> tuple[tuple[str, ...], list[Item], Reader]:
     """Class names, images and their reader. Classes are the subfolders, and nothing deeper carries meaning; or what a
     file of labels says."""
-    _, folders, loose = next(_walk(root))
+    _, folders, loose = next(walk(root))
     files = {"": loose, **{folder: _files(root, folder) for folder in folders}}
-    images = {folder: [name for name in names if _is_image_name(name)] for folder, names in files.items()}
+    images = {folder: [name for name in names if is_image_name(name)] for folder, names in files.items()}
     used = [folder for folder in folders if images[folder]]
+    others = [name for names in files.values() for name in names if not is_image_name(name)]
     if not any(images.values()):
-        raise ValueError(f"dataset={str(root)!r} holds no image; looked for {', '.join(EXTENSIONS)}.")
+        found = by_suffix(others) or "nothing"
+        raise ValueError(f"dataset={str(root)!r} holds no image that Pillow reads, but {found}.")
     labelled = _read_labels(root, config, has_classes=len(used) > 1)
+    left_out = by_suffix([name for name in others if labelled is None or name != labelled[0]])
+    if left_out:
+        warnings.warn(f"dataset={str(root)!r}: files that are no images are left out: {left_out}.")
     if labelled is not None:
         return *_labelled_items([name for names in images.values() for name in names], *labelled), FolderReader(root)
     loose = images.pop("")
@@ -154,41 +158,13 @@ def scan_folder(root: Path, config: "DataConfig") -> tuple[tuple[str, ...], list
     return tuple(folders), items, FolderReader(root)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`, in order, through links but not in circles, without what is hidden.
-
-    Raises:
-        ValueError: if a folder cannot be listed, or a link leads nowhere: images would be missed.
-    """
-
-    def refuse(error: OSError):
-        raise ValueError(f"dataset: folder {error.filename!r} cannot be listed ({error.strerror}): {MEND}") from error
-
-    seen = set()
-    for directory, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(directory)
-        # Class folders are often links, and links can form circles.
-        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
-        if real not in seen:
-            files = sorted(name for name in files if not name.startswith("."))
-            for name in files:  # a link to a file that is gone is reported with the images
-                if not _is_image_name(name) and not os.path.exists(os.path.join(directory, name)):
-                    raise ValueError(f"dataset: {os.path.join(directory, name)!r} is a link to nothing: {MEND}")
-            yield directory, subfolders, files
-        seen.add(real)
-
-
 def _files(root: Path, folder: str = "") -> list[str]:
     """Files below `root / folder` at any depth, relative to `root`."""
     return [
         (Path(directory).relative_to(root) / name).as_posix()
-        for directory, _, names in _walk(root / folder)
+        for directory, _, names in walk(root / folder)
         for name in names
     ]
-
-
-def _is_image_name(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
 
 
 def _tell_unused_folders(root: Path, classes: list[list[str]]) -> None:
