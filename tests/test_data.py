@@ -5,12 +5,14 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,8 @@ import torch
 from PIL import Image, features
 from transformers import HfArgumentParser
 
-from freqgate_dit.training.data import DataConfig, Room, _in_threads, decode_image, describe, load_images
+from freqgate_dit.training.data import DataConfig, _in_threads, describe, load_images
+from freqgate_dit.training.decoding import Room, check_image, decode_image
 from freqgate_dit.training.image_sources import FolderReader, TableReader
 
 
@@ -400,6 +403,85 @@ def test_unreadable_file_in_a_small_folder_is_an_error(folder, damage):
     bad.write_bytes(data)
     with pytest.raises(ValueError, match=f"1 of 19 images cannot be read.*cat/{bad.name}"):
         load(folder)
+
+
+def cut_behind_its_thumbnail():
+    """A JPEG whose last bytes are missing, with the end mark of the thumbnail in what is left."""
+    thumbnail = encoded(picture(1, (40, 40)), "JPEG")
+    data = encoded(picture(2, (200, 200)), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail)
+    data = data[: len(thumbnail) + 2500]
+    assert b"\xff\xd9" in data[-4096:]
+    return data
+
+
+def broken_exif():
+    """A JPEG to be turned, whose unit of resolution is text."""
+    exif = Image.Exif()
+    exif[274], exif[296] = 6, 2
+    return encoded(picture(3), "JPEG", exif=exif.tobytes().replace(b"\x01\x28\0\x03", b"\x01\x28\0\x02"))
+
+
+@pytest.mark.parametrize("make", [cut_behind_its_thumbnail, broken_exif])
+def test_what_does_not_decode_is_found_by_the_check_and_all_at_once(folder, make):
+    data = make()
+    with pytest.raises(Exception) as decoding:
+        decode_image(data, 8)
+    for name in ("x", "y"):
+        (folder / "cat" / f"{name}.jpg").write_bytes(data)
+    with pytest.raises(ValueError, match="2 of 20 images cannot be read.*cat/x.jpg.*cat/y.jpg") as refused:
+        load(folder)
+    assert type(decoding.value).__name__ in str(refused.value)
+
+
+def test_check_passes_what_decodes_and_no_false_checksum():
+    for image, format in (
+        (picture(0, (300, 200)), "JPEG"),
+        (picture(0).convert("CMYK"), "JPEG"),
+        (picture(0), "WEBP"),
+    ):
+        check_image(encoded(image, format))
+    with pytest.raises(SyntaxError, match="broken PNG file"):
+        data = bytearray(encoded(picture(0)))
+        data[-20] ^= 1  # decodes, but not to what was saved
+        check_image(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "pixels, told",
+    [
+        (np.arange(120, dtype=np.uint16).reshape(10, 12), "come out black"),
+        (np.arange(120, dtype=np.uint16).reshape(10, 12) * 34, "come out black"),  # 12 bits
+        (np.arange(120, dtype=np.int32).reshape(10, 12) * 1000, "pixels from 0 to 119000"),
+        (np.arange(120, dtype=np.int32).reshape(10, 12) * 100 - 9, "pixels from -9 to 11891"),
+        (np.arange(120, dtype=np.float32).reshape(10, 12), "floating-point"),
+    ],
+)
+def test_deep_pixels_that_would_be_lost_are_refused(folder, pixels, told):
+    Image.fromarray(pixels).save(folder / "cat" / "deep.tiff")
+    with pytest.raises(ValueError, match=rf"1 of 19 images cannot be read.*cat/deep.tiff \(ValueError: .*{told}"):
+        load(folder)
+
+
+def png_of_16_bits(pixels):
+    """In RGB, which Pillow does not write."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_deep_colour_is_scaled_or_refused():
+    pixels = np.array(picture(5, (8, 8))).astype(np.uint16)
+    assert np.array_equal(decode_image(png_of_16_bits(pixels * 257), 8).permute(1, 2, 0).numpy(), pixels)
+    check_image(png_of_16_bits(pixels * 257))
+    with pytest.raises(ValueError, match="come out black"):
+        check_image(png_of_16_bits(pixels * 16))
+    wide = np.arange(64, dtype=np.int32).reshape(8, 8) * 257
+    assert np.array_equal(decode_image(encoded(Image.fromarray(wide), "TIFF"), 8)[0].numpy(), wide // 257)
 
 
 @pytest.mark.parametrize("kind", ["strip", "pipe", "device"])

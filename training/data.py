@@ -1,34 +1,30 @@
 """Labelled image sets for training: the built-in set, an image folder, parquet files, or a Hub data set.
 
 [`load_images`] turns a [`DataConfig`] into a training part and a held-out part, both [`LabelledImages`]: lazily
-decoded lists of square RGB images. Every image takes the same way: EXIF orientation applied, transparency composited
-on white (what a browser shows), 16-bit grey scaled to 8 bits, anything else converted to RGB (colour profiles are not
-applied), shorter side resized to `resolution` with Lanczos, centre crop. Which image is held out depends on classes
-and names alone, never on the order in which they were found; but what is byte for byte a training image is not held
-out, whatever its name.
+decoded lists of square RGB images. Every image takes the same way (`decoding.decode_image`). Which image is held out
+depends on classes and names alone, never on the order in which they were found; but what is byte for byte a training
+image is not held out, whatever its name.
 """
 
 import hashlib
 import json
 import os
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from freqgate_dit.shapes_textures import MIN_IMAGE_SIZE, ShapesTextures
+from freqgate_dit.training.decoding import TRANSFORM, check_image, decode_image
 from freqgate_dit.training.image_sources import (
     Index,
     Item,
@@ -48,12 +44,6 @@ SPLIT_NAMES = re.compile(
     r"(train(ing)?|test(ing)?|val(id(ation)?)?|eval(uation)?)([\W_]*(set|split|data|images?|\d{4}))?", re.IGNORECASE
 )
 MAX_UNREADABLE = 0.01
-# Longer side over shorter: beyond this the crop leaves little of an image, and resizing takes memory for all of it.
-MAX_ASPECT = 20
-# Pixels that all threads together decode at a time, each of which takes up to 16 bytes on its way to RGB.
-PIXELS_AT_A_TIME = 2**27
-# Part of every fingerprint: change it whenever the same files would give other pixels.
-TRANSFORM = "exif, white, rgb, shorter side lanczos, centre crop, v1"
 
 
 @dataclass(frozen=True)
@@ -175,9 +165,9 @@ class LabelledImages:
 def load_images(config: DataConfig, cache_dir: str | Path | None = None) -> tuple[LabelledImages, LabelledImages]:
     """Find, check and split the images that `config` names.
 
-    Every file or row is read once, to fingerprint the content and to find unreadable images: up to 1% are left out
-    with a warning, more are an error. Classes without an image are left out with a warning, and so are held-out images
-    that are copies of training images. The parts are sorted by class, then by name.
+    Every file or row is read and decoded once, to fingerprint the content and to find unreadable images: up to 1% are
+    left out with a warning, more are an error. Classes without an image, and held-out images that are copies of
+    training images, are left out with a warning. The parts are sorted by class, then by name.
 
     With `cache_dir`, what was readable is remembered there, and files of unchanged size and modification time are not
     read again (a file rewritten with the same size and the same time is not noticed, as with make and git). Rows of
@@ -233,26 +223,6 @@ def describe(train: LabelledImages, heldout: LabelledImages) -> str:
             "note: with fewer than 2000 training images a model tends to copy them; compare samples with them"
         )
     return "\n".join(lines)
-
-
-def decode_image(data: bytes, resolution: int) -> torch.Tensor:
-    """Decode one encoded image (its first frame) to uint8 `(3, resolution, resolution)`, as the module describes.
-
-    Raises:
-        ValueError: if the pixels are floating point, or the image is a strip.
-        OSError: if Pillow cannot read the data; its codecs may raise other errors, too.
-    """
-    with Image.open(BytesIO(data)) as image:
-        _refuse_strip(image)
-        with _room.taken(image.width * image.height):
-            image = _to_rgb(ImageOps.exif_transpose(image))
-            scale = resolution / min(image.size)
-            width, height = (max(resolution, round(side * scale)) for side in image.size)
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
 def _decode_items(
@@ -373,63 +343,8 @@ def _readable(items: list[Item], read: Reader, dataset: str, index: Index) -> li
 
 
 def _checked_digest(data: bytes) -> str:
-    _verify(data)
+    check_image(data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _verify(data: bytes) -> None:
-    """Raise on broken data, without decoding where that suffices."""
-    with Image.open(BytesIO(data)) as image:
-        _refuse_float(image)
-        _refuse_strip(image)
-        if image.format == "PNG":
-            image.verify()  # checksums
-        elif image.format != "JPEG" or b"\xff\xd9" not in data[-4096:]:  # a JPEG without its end marker is cut off
-            with _room.taken(image.width * image.height):
-                image.load()
-
-
-def _refuse_float(image: Image.Image) -> None:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose black and white are unknown; convert to 8 or 16 bits")
-
-
-def _refuse_strip(image: Image.Image) -> None:
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_ASPECT} times as long as wide")
-
-
-class Room:
-    """What threads share out among them: `size` at a time, or one of them more, alone."""
-
-    def __init__(self, size: int):
-        self.size, self.used, self.changed = size, 0, threading.Condition()
-
-    @contextmanager
-    def taken(self, amount: int):
-        with self.changed:
-            self.changed.wait_for(lambda: not self.used or self.used + amount <= self.size)
-            self.used += amount
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.used -= amount
-                self.changed.notify_all()
-
-
-_room = Room(PIXELS_AT_A_TIME)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    _refuse_float(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255, which turns most of a 16-bit image white.
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _drop_empty_classes(class_names: tuple[str, ...], items: list[Item]) -> tuple[tuple[str, ...], list[Item]]:

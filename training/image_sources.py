@@ -90,7 +90,7 @@ class Index:
     or row numbers), stamps and digests; its name is a hash of the identity.
     """
 
-    FORMAT = 2  # raise it whenever other images would count as readable
+    FORMAT = 3  # raise it whenever other images would count as readable
 
     def __init__(self, read: Reader, cache_dir: str | Path | None):
         self.path, self.entries = None, {}
@@ -339,7 +339,7 @@ def _choose_column(columns: list[str], config: "DataConfig", option: str, found:
 
 
 def _encoded(rows, column: str):
-    """The one image column of `rows`, as {bytes, path}: `data.decode_image` decodes all images, and the same way."""
+    """The one image column of `rows`, as {bytes, path}: `decode_image` decodes all images, and the same way."""
     from datasets import Image as ImageFeature
 
     try:

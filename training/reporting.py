@@ -19,7 +19,7 @@ from freqgate_dit.model_card import card_in_words, table
 from freqgate_dit.sampling import make_picture
 from freqgate_dit.summary import metric_text, plain
 from freqgate_dit.training.comparison import SWEPT, Comparison, Results
-from freqgate_dit.training.data import TRANSFORM
+from freqgate_dit.training.decoding import TRANSFORM
 from freqgate_dit.training.references import short_name
 from freqgate_dit.training.sample_folder import PROTOCOL
 from freqgate_dit.training.scores import ENOUGH, INCEPTION
