@@ -414,6 +414,14 @@ def test_few_images_need_force_and_the_names_carry_it(folder, options, tmp_path)
     assert evaluation["notes"].startswith("Forced: 24 images are fewer than the 2,048")
 
 
+def test_a_renamed_copy_of_the_data_is_compared_by_its_held_out_part(options, folder, tmp_path):
+    """Not by all, of which the model has seen the most."""
+    renamed = shutil.copytree(folder / "photos", tmp_path / "downloads")
+    found = evaluate(options(reference=renamed))
+    assert "fd_tiny_net_30_forced_vs_heldout" in numbers(found)
+    assert found["protocol"]["reference_images"] == 24
+
+
 def test_classes_that_are_absent_are_named(options, tmp_path):
     two = photos(tmp_path / "two", ("cat", "wild"), count=8)
     assert "has no image of classes of the pipeline (dog)" in refusal(options(reference=two))

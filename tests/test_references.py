@@ -1,6 +1,7 @@
 """The reference of an evaluation: which images it is, and what is measured of it."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -34,13 +35,15 @@ def folder(tmp_path_factory):
 def summary(folder, tmp_path):
     """Of a pipeline that was trained on the photos, with the last 2 of each class held out."""
 
-    def build(train_images=12, heldout_images=6, **config):
+    def build(train_images=12, heldout_images=6, recorded=None, **config):
         pipe = tmp_path / "pipe"
         make_pipeline(tiny_transformer(in_channels=3, sample_size=16)).save_pretrained(pipe)
         config = {"dataset": "photos", "resolution": 16, "heldout_per_class": 2, "horizontal_flip": True, **config}
         (pipe / "training_config.yaml").write_text(yaml.safe_dump({**asdict(DataConfig()), **config}))
         data = {"name": "photos", "hub_id": None, "built_in": False, "license": None, "classes": 3, "resolution": 16}
         data |= {"train_images": train_images, "heldout_images": heldout_images}
+        if recorded is not None:
+            data["fingerprints"] = [part.fingerprint for part in recorded]
         names = "total_steps global_batch_size images_seen processes".split()
         texts = {"weights": "0.9", "mixed_precision": "no", "device": "cpu", "license": None, "heldout": None}
         training = {"step": 1, **dict.fromkeys(names, 1), **texts, "data": data, "versions": {}}
@@ -89,10 +92,49 @@ def test_all_images_are_both_parts_one_after_the_other(folder, summary):
 
 
 def test_other_data_of_the_same_name_is_refused(folder, summary):
-    with pytest.raises(ValueError, match="12 training and 6 held-out images instead of 13 and 6"):
+    with pytest.raises(ValueError, match="12 training and 6 held-out ones, then 13 and 6"):
         load_reference(str(folder), None, 16, summary(train_images=13))
     with pytest.raises(ValueError, match=r"9 training and 9 held-out"):
         load_reference(str(folder), None, 16, summary(heldout_per_class=3))
+
+
+@pytest.mark.parametrize("resolution", [16, 8])
+def test_data_of_the_pipeline_is_known_by_its_content(folder, summary, tmp_path, resolution):
+    recorded = summary(recorded=parts(folder, heldout_per_class=2))
+    renamed = shutil.copytree(folder, tmp_path / "downloads")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"dataset": str(renamed), "heldout_per_class": 2}))
+    train, heldout = load_images(DataConfig(dataset=str(folder), resolution=resolution, heldout_per_class=2))
+    for given in (renamed, config, folder):
+        reference = load_reference(str(given), None, resolution, recorded)
+        assert (reference.split, reference.label) == ("heldout", "heldout")
+        assert reference.images.fingerprint == heldout.fingerprint
+        assert reference.train.fingerprint == train.fingerprint
+
+
+def test_other_images_are_other_data_and_refused_under_the_same_name(folder, summary, tmp_path):
+    recorded = summary(recorded=parts(folder, heldout_per_class=2))
+    for name in ("photos", "downloads"):
+        other = shutil.copytree(folder, tmp_path / "new" / name)
+        shutil.copy(folder / "cat" / "0.png", other / "cat" / "5.png.png")
+        (other / "cat" / "5.png").unlink()
+    with pytest.raises(ValueError, match=r"`reference` .*photos.* name of the data .* other images"):
+        load_reference(str(tmp_path / "new" / "photos"), None, 16, recorded)
+    reference = load_reference(str(tmp_path / "new" / "downloads"), None, 16, recorded)
+    assert (reference.split, reference.label, len(reference.images)) == ("all", "downloads", 18)
+
+
+def test_options_that_fit_only_the_data_of_the_pipeline_are_no_hindrance(folder, summary):
+    recorded = summary(recorded=parts(folder, heldout_per_class=2))
+    assert load_reference("shapes_textures", None, 32, recorded).label == "shapes_textures_heldout"
+
+
+def test_copies_that_were_held_out_once_do_not_make_the_data_others(folder, summary, tmp_path):
+    """A pipeline of an earlier version, which recorded numbers only."""
+    data = shutil.copytree(folder, tmp_path / "photos")
+    shutil.copy(data / "cat" / "0.png", data / "cat" / "5.png")
+    reference = load_reference(str(data), None, 16, summary())
+    assert (reference.label, reference.class_counts) == ("heldout", (1, 2, 2))
 
 
 def test_other_data_is_taken_whole(folder, summary, tmp_path):

@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--split",
         choices=SPLITS,
         help="part of the reference; by default heldout where it is known which images are held out (the data that "
-        "the pipeline was trained on, by its name; data of a YAML file; the built-in data), elsewhere all",
+        "the pipeline was trained on, by its content; data of a YAML file; the built-in data), elsewhere all",
     )
     compared.add_argument(
         "--train_reference",

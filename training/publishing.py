@@ -135,6 +135,7 @@ def training_summary(
             "heldout_images": len(heldout_images),
             "classes": len(images.class_names),
             "resolution": images.resolution,
+            "fingerprints": [images.fingerprint, heldout_images.fingerprint],
         },
         "heldout": last
         and {

@@ -72,28 +72,25 @@ def load_reference(
     Args:
         reference: what `dataset` of the trainer takes; or the YAML file of a run, whose data is taken.
         split: "heldout", "train" or "all". Which images are held out is known of the data that the pipeline was
-            trained on (by its name), of the data of a YAML file, and of the built-in data: there it is "heldout" by
-            default, elsewhere "all".
+            trained on (by content, wherever they lie now), of the data of a YAML file, and of the built-in data: there
+            it is "heldout" by default, elsewhere "all".
         summary: of the pipeline, if there is one.
         cache_dir: where the index of the images is kept.
 
     Raises:
         ValueError: if the data cannot be had, is not what the pipeline was trained on, or has no such part.
     """
-    config, has_parts = _data_config(reference, resolution, summary)
-    is_own = summary is not None and summary.training_config is not None and _is_trained_on(config.dataset, summary)
+    try:
+        config, has_parts, is_own = _data_config(reference, resolution, summary, cache_dir)
+        train, heldout = load_images(config, cache_dir)
+    except ValueError as error:
+        raise ValueError(f"`reference` ({reference}) cannot be used: {error}") from error
     split = split or ("heldout" if has_parts else "all")
     if split != "all" and not has_parts:
         raise ValueError(
             f"`split` ({split}) is not known of `reference` ({reference}): name the data that the pipeline was "
             "trained on, or the YAML file of a run with it, or take all."
         )
-    try:
-        train, heldout = load_images(config, cache_dir)
-    except ValueError as error:
-        raise ValueError(f"`reference` ({reference}) cannot be used: {error}") from error
-    if is_own:
-        _refuse_other_data(reference, summary, train, heldout)
     images = {"heldout": heldout, "train": train, "all": _joined(train, heldout)}[split]
     if not len(images):
         raise ValueError(f"`split` ({split}) of `reference` ({reference}) holds no image: choose another.")
@@ -103,16 +100,20 @@ def load_reference(
     return Reference(name, hub_id, split, label, images, train if split == "heldout" else None)
 
 
-def _data_config(reference: str, resolution: int, summary: PipelineSummary | None) -> tuple[DataConfig, bool]:
-    """How to read the data, and whether it is known which images are held out."""
+def _data_config(
+    reference: str, resolution: int, summary: PipelineSummary | None, cache_dir: str | Path | None
+) -> tuple[DataConfig, bool, bool]:
+    """How to read the data, whether it is known which images are held out, and whether it is the pipeline's own."""
     if reference.endswith((".yaml", ".yml")):
-        return _from_values(load_yaml(Path(reference).expanduser()), resolution), True
-    training = summary.training_config if summary is not None else None
-    if training is not None and _is_trained_on(reference, summary):
-        return replace(_from_values(training, resolution), dataset=reference), True
+        config = _from_values(load_yaml(Path(reference).expanduser()), resolution)
+        return config, True, _is_trained_on(config, summary, cache_dir)
+    if summary is not None and summary.training_config is not None:
+        own = replace(_from_values(summary.training_config, resolution), dataset=reference)
+        if _is_trained_on(own, summary, cache_dir):
+            return own, True, True
     if reference == BUILT_IN:
-        return DataConfig(resolution=resolution), True
-    return DataConfig(dataset=reference, resolution=resolution, heldout_fraction=0.0), False
+        return DataConfig(resolution=resolution), True, False
+    return DataConfig(dataset=reference, resolution=resolution, heldout_fraction=0.0), False, False
 
 
 def _from_values(values: dict, resolution: int) -> DataConfig:
@@ -121,19 +122,37 @@ def _from_values(values: dict, resolution: int) -> DataConfig:
     return DataConfig(**{**given, "resolution": resolution, "horizontal_flip": False})
 
 
-def _is_trained_on(dataset: str, summary: PipelineSummary) -> bool:
-    """Whether the data has the name that a pipeline keeps of its own: a path's last, or the Hub id."""
-    return short_name(dataset) == short_name(summary.training_config["dataset"])
+def _is_trained_on(config: DataConfig, summary: PipelineSummary | None, cache_dir: str | Path | None) -> bool:
+    """Whether data and their split are those that a pipeline was trained on: by content, or, where an earlier version
+    has not recorded that, by the name (a path's last, or the Hub id) and the numbers of images.
 
-
-def _refuse_other_data(reference: str, summary: PipelineSummary, train: LabelledImages, heldout: LabelledImages):
+    Raises:
+        ValueError: if the data have the name, and are not.
+    """
+    if summary is None or summary.training_config is None:
+        return False
+    has_name = short_name(config.dataset) == short_name(summary.training_config["dataset"])
     known = summary.training and summary.training["data"]
-    if known and (known["train_images"], known["heldout_images"]) != (len(train), len(heldout)):
+    if not known or not (has_name or "fingerprints" in known):
+        return has_name
+    try:
+        parts = load_images(replace(config, resolution=known["resolution"]), cache_dir)
+    except ValueError:  # such as an option of the training that other data have not
+        if has_name:
+            raise
+        return False
+    train, heldout = map(len, parts)
+    if "fingerprints" in known:
+        is_own = [part.fingerprint for part in parts] == known["fingerprints"]
+    else:  # that version also held out copies of training images
+        is_own = train == known["train_images"] and heldout <= known["heldout_images"]
+    if has_name and not is_own:
         raise ValueError(
-            f"`reference` ({reference}) has the name of the data that the pipeline was trained on, but {len(train)} "
-            f"training and {len(heldout)} held-out images instead of {known['train_images']} and "
-            f"{known['heldout_images']}: name that data, or give this one another name."
+            f"it has the name of the data that the pipeline was trained on, but other images ({train} training and "
+            f"{heldout} held-out ones, then {known['train_images']} and {known['heldout_images']}): name that data, "
+            "or give this one another name."
         )
+    return is_own
 
 
 def _joined(first: LabelledImages, second: LabelledImages) -> LabelledImages:
