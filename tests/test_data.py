@@ -889,6 +889,24 @@ def test_parquet_written_by_others_and_by_glob(tmp_path):
     assert len(load(tmp_path / "raw.parquet", image_column="jpg")[0]) == 1
 
 
+def test_what_is_there_is_no_pattern(folder, tmp_path, monkeypatch):
+    place = tmp_path / "set [a-z]"
+    place.mkdir()
+    columns = {"image": rows("abcd"), "label": [0, 0, 1, 1]}
+    expected = load(write_parquet(tmp_path / "plain.parquet", columns))[0].fingerprint
+    write_parquet(place / "part [1].parquet", columns)
+    for pattern in ("part [1].parquet", "*.parquet", "part [[]?].parquet"):
+        assert load(place / pattern)[0].fingerprint == expected
+    monkeypatch.chdir(place)
+    assert load("part [1].parquet")[0].fingerprint == load("*.parquet")[0].fingerprint == expected
+    with pytest.raises(ValueError, match=r"has a character of patterns.*pass its files .*\*\.parquet"):
+        load(place)  # a Hub data set, which `datasets` loads by patterns
+    assert load(shutil.move(folder, tmp_path / "photos [2]"))[0].class_names == ("cat", "dog", "wild")
+    (tmp_path / "photos [3].zip").touch()
+    with pytest.raises(ValueError, match="unpack archives"):
+        load(tmp_path / "photos [3].zip")
+
+
 def test_parquet_bad_columns(tmp_path):
     datasets = pytest.importorskip("datasets")
     both = {"image": datasets.Image(), "other": datasets.Image()}

@@ -6,6 +6,7 @@ depends on classes and names alone, never on the order in which they were found;
 image is not held out, whatever its name.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -254,10 +255,10 @@ def _kind(dataset: str) -> str:
     path = Path(dataset).expanduser()
     if path.is_dir():
         return "hub" if is_snapshot(path) else "folder"
-    if dataset.endswith(".parquet") or any(character in dataset for character in "*?["):
-        return "parquet"
-    if path.exists():
+    if path.exists() and path.suffix != ".parquet":
         raise ValueError(f"dataset={dataset!r} is a file but not .parquet: unpack archives and pass the image folder.")
+    if dataset.endswith(".parquet") or glob.has_magic(dataset):
+        return "parquet"
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", dataset):
         return "hub"
     raise ValueError(

@@ -259,7 +259,10 @@ def _import_datasets(dataset: str):
 
 
 def open_parquet(config: "DataConfig"):
-    files = sorted(glob.glob(os.path.expanduser(config.dataset), recursive=True))
+    path = Path(config.dataset).expanduser().absolute()
+    there = str(next(folder for folder in (path, *path.parents) if folder.exists()))
+    pattern = glob.escape(there) + str(path)[len(there) :]  # what is there is no pattern, brackets and all
+    files = sorted(glob.glob(pattern, recursive=True))
     files = [name for name in files if name.endswith(".parquet") and os.path.isfile(name)]
     if not files:
         raise ValueError(f"dataset={config.dataset!r} matches no .parquet file (current directory: {os.getcwd()}).")
@@ -273,6 +276,11 @@ def open_parquet(config: "DataConfig"):
 def open_hub(config: "DataConfig"):
     datasets = _import_datasets(config.dataset)
     name = os.path.expanduser(config.dataset)
+    if os.path.isdir(name) and glob.has_magic(name):
+        raise ValueError(
+            f"dataset={config.dataset!r} has a character of patterns ([, ? or *) in its path, which `datasets` cannot "
+            f"load: rename the folder, or pass its files ({os.path.join(config.dataset, 'data', '*.parquet')!r})."
+        )
     try:
         return datasets.load_dataset(name, split=config.dataset_split, revision=config.dataset_revision)
     except Exception as error:  # network, missing, gated, unknown split: many libraries' own errors
