@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,13 @@ def by_suffix(names: list[str]) -> str:
     """How many files there are of each suffix, most first, such as "3 .txt, 1 without a suffix"."""
     counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+def as_text(name: str) -> str:
+    """A name of a file or class as it is shown and compared: in the Unicode form NFC, bytes that are no UTF-8 written
+    as `\\xe9`."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -318,6 +318,60 @@ def test_class_folder_that_is_a_link_to_nothing_is_an_error(folder):
         load(folder)
 
 
+def test_classes_that_are_integers_are_in_their_order(tmp_path):
+    for name in ("10", "2", "1"):
+        for index in range(2):
+            write(tmp_path / "numbers" / name / f"{index}.png", 2 * int(name) + index)
+    (tmp_path / "numbers" / "notes").mkdir()
+    with pytest.warns(UserWarning, match="left out: notes"):
+        train, heldout = load(tmp_path / "numbers")
+    assert train.class_names == ("1", "2", "10") and heldout.names == ["1/1.png", "2/1.png", "10/1.png"]
+    (tmp_path / "numbers" / "notes").rmdir()
+    (tmp_path / "numbers" / "1").rename(tmp_path / "numbers" / "one")
+    assert load(tmp_path / "numbers")[0].class_names == ("10", "2", "one")
+    table = write_parquet(tmp_path / "n.parquet", {"image": rows("abc"), "label": ["10", "2", "-1"]})
+    assert load(table)[0].class_names == ("-1", "2", "10")
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_names_are_compared_in_one_unicode_form(tmp_path):
+    for index in range(4):
+        write(tmp_path / "nfc" / NFC / f"{index} {NFC}.png", index)
+    shutil.copytree(tmp_path / "nfc" / NFC, tmp_path / "nfd" / NFD)
+    expected = load(tmp_path / "nfc")
+    for file in list((tmp_path / "nfd" / NFD).iterdir()):
+        file.rename(file.with_name(file.name.replace(NFC, NFD)))
+    found = load(tmp_path / "nfd")
+    assert found[0].class_names == (NFC,) and fingerprints(found) == fingerprints(expected)
+    assert torch.equal(found[0][0], expected[0][0])
+    # Both in one folder, as a copy from another system leaves it.
+    write(tmp_path / "nfd" / NFC / "4.png", 5)
+    train, _ = load(tmp_path / "nfd", heldout_fraction=0.0)
+    assert train.class_names == (NFC,) and len(train) == 5
+    (tmp_path / "nfc" / NFC).rename(tmp_path / "nfc" / "pictures")
+    labels = [[f"pictures/{index} {NFD}.png", [NFC, NFD][index % 2]] for index in range(4)]
+    (tmp_path / "nfc" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert load(tmp_path / "nfc")[0].class_names == (NFC,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_that_are_no_utf8_do_not_end_a_run(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    for index in range(3):
+        write(tmp_path / "photos" / name / f"{name}{index}.png", index)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in ("read", "from the index"):
+            train, heldout = indexed(tmp_path / "photos", tmp_path / "cache")
+    assert train.class_names == ("caf\\xe9",) and heldout.names == ["caf\\xe9/caf\\xe92.png"]
+    (describe(train, heldout) + json.dumps(train.class_names, ensure_ascii=False)).encode("utf-8")
+    assert train.images([0, 1]).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"dataset=.*caf\\udce9.*no UTF-8"):
+        load(tmp_path / "photos" / name)
+
+
 def test_mixed_folder_is_refused(folder):
     write(folder / "stray.png")
     with pytest.raises(ValueError, match=r"mixes 1 loose images \(such as 'stray.png'\) with 3 subfolders"):

@@ -108,6 +108,12 @@ def test_the_mix_of_the_reference_goes_by_name():
     assert choose_classes(unnamed, "uniform", [], [], None).names == ("class 0", "class 1", "class 2")
 
 
+def test_classes_go_by_name_in_any_unicode_form():
+    pipe = make_pipeline(id2label={0: "cafe\u0301", 1: "dog", 2: "wild"})
+    classes = choose_classes(pipe, "reference", ["caf\u00e9", "dog", "wild"], [5, 6, 7], None)
+    assert classes.weights == (5, 6, 7)
+
+
 @pytest.mark.parametrize(
     ("names", "counts", "message"),
     [

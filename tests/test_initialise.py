@@ -186,6 +186,13 @@ def test_class_rows_go_by_name(theirs, folder):
     assert ("num_classes 5 (here 3)" in told) == (len(theirs) == 5)
 
 
+def test_class_rows_go_by_name_in_any_unicode_form(folder):
+    given = save_pipeline(folder, tiny_transformer(seed=1), ("wild", "cafe\u0301", "dog"))
+    model = tiny_transformer(seed=2)
+    take(model, folder, ("caf\u00e9", "dog", "wild"))
+    assert torch.equal(model.class_embed.weight, given[CLASS_TABLE][[1, 2, 0, 3]])
+
+
 def test_a_pipeline_may_name_only_some_of_its_classes(folder):
     source = tiny_transformer(seed=1, num_classes=12)
     make_pipeline(source, id2label={10: "dog", 2: "wild"}).save_pretrained(folder)

@@ -252,6 +252,8 @@ def _kind(dataset: str) -> str:
     """One of "built-in", "folder", "parquet", "hub"."""
     if dataset == BUILT_IN:
         return "built-in"
+    if re.search(r"[\udc80-\udcff]", dataset):  # could be neither printed nor written into the configuration
+        raise ValueError(f"dataset={dataset!r} has a byte in its path that is no UTF-8: rename that folder.")
     path = Path(dataset).expanduser()
     if path.is_dir():
         return "hub" if is_snapshot(path) else "folder"

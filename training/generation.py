@@ -24,6 +24,7 @@ import freqgate_dit
 from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.hub import download
+from freqgate_dit.image_folder import as_text
 from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, WHY_BROKEN, broken_images
 from freqgate_dit.samplers import SAMPLERS, configure, describe_sampler, make_sampler
 from freqgate_dit.summary import PipelineSummary, read_summary
@@ -225,7 +226,7 @@ def choose_classes(
         weights = tuple(class_counts) if mix == "reference" else (1,) * len(values)
         return Classes("prompt", values, tuple(class_names), mix, weights)
     ids = tuple(range(pipe.num_classes))
-    names = tuple(pipe.id2label.get(k, f"class {k}") for k in ids)
+    names = tuple(as_text(pipe.id2label.get(k, f"class {k}")) for k in ids)  # as those of the data
     if mix == "uniform":
         return Classes("class_labels", ids, names, mix, (1,) * len(ids))
     counts = dict(zip(class_names, class_counts, strict=True))

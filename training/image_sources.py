@@ -4,14 +4,15 @@ import glob
 import hashlib
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from freqgate_dit.files import replace_file
-from freqgate_dit.image_folder import by_suffix, is_image_name, walk
+from freqgate_dit.image_folder import as_text, by_suffix, is_image_name, walk
 
 
 if TYPE_CHECKING:
@@ -152,10 +153,12 @@ def scan_folder(root: Path, config: "DataConfig") -> tuple[tuple[str, ...], list
             "elsewhere; for an unconditional set put all images directly into one folder."
         )
     if loose:
-        return (), [Item(name, -1, name) for name in loose], FolderReader(root)
+        return (), [Item(as_text(name), -1, name) for name in loose], FolderReader(root)
     _tell_unused_folders(root, [images[folder] for folder in used])
-    items = [Item(name, label, name) for label, folder in enumerate(folders) for name in images[folder]]
-    return tuple(folders), items, FolderReader(root)
+    numbers = _class_numbers(used)
+    empty = sorted({as_text(folder) for folder in folders} - numbers.keys())
+    items = [Item(as_text(name), numbers[as_text(folder)], name) for folder in used for name in images[folder]]
+    return (*numbers, *empty), items, FolderReader(root)
 
 
 def _files(root: Path, folder: str = "") -> list[str]:
@@ -175,7 +178,7 @@ def _tell_unused_folders(root: Path, classes: list[list[str]]) -> None:
         folder = PurePosixPath(os.path.commonpath(parents))
         below = sorted({parent.relative_to(folder).parts[:1] for parent in parents})
         if () not in below:
-            unused[folder.as_posix()] = [name for (name,) in below]
+            unused[folder.as_posix()] = [as_text(name) for (name,) in below]
     if unused:
         folder, below = next(iter(unused.items()))
         warnings.warn(
@@ -196,13 +199,13 @@ def _read_labels(root: Path, config: "DataConfig", has_classes: bool) -> tuple[s
     if path.is_file():
         content = _parsed(path, lambda: json.loads(path.read_text(encoding="utf-8")))
         if isinstance(content, dict) and "labels" in content:
-            return path.name, content["labels"] and dict(content["labels"])
+            return path.name, content["labels"] and {as_text(name): label for name, label in content["labels"]}
     for path in (root / name for name in METADATA):
         if path.is_file() and (config.label_column or not has_classes):
             table = _parsed(path, lambda path=path: _read_table(path, config.dataset))
             columns = [name for name in table if name != "file_name"]
             column = _label_column(columns, config, [name for name in LABEL_COLUMNS if name in columns])
-            return column and (path.name, dict(zip(table["file_name"], table[column].tolist())))
+            return column and (path.name, dict(zip(map(as_text, table["file_name"]), table[column].tolist())))
     if config.label_column is not None:
         raise ValueError(
             f"label_column={config.label_column!r} has no effect on dataset={config.dataset!r}, which has no "
@@ -233,9 +236,10 @@ def _parsed(path: Path, parse: Callable[[], Any]):
         raise ValueError(f"{path} has the labels, and cannot be read ({error}): mend it, or move it away.") from error
 
 
-def _labelled_items(names: list[str], file: str, labels: dict[str, Any] | None) -> tuple[tuple[str, ...], list[Item]]:
+def _labelled_items(keys: list[str], file: str, labels: dict[str, Any] | None) -> tuple[tuple[str, ...], list[Item]]:
+    names = [as_text(key) for key in keys]
     if labels is None:
-        return (), [Item(name, -1, name) for name in names]
+        return (), [Item(name, -1, key) for name, key in zip(names, keys)]
     missing = [name for name in names if name not in labels]
     if missing:
         raise ValueError(
@@ -243,7 +247,7 @@ def _labelled_items(names: list[str], file: str, labels: dict[str, Any] | None) 
             "move them elsewhere."
         )
     class_names, numbers = _numbered([labels[name] for name in names], file, names)
-    return class_names, [Item(name, label, name) for name, label in zip(names, numbers)]
+    return class_names, [Item(*item) for item in zip(names, numbers, keys)]
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -367,7 +371,7 @@ def _row_names(images, column: str) -> tuple[list[str], bool]:
     for batch in images.with_format("arrow").iter(1000):
         for image in pc.struct_field(batch[column], "path").to_pylist():
             # The last component only: a path on the machine that wrote the file means nothing here.
-            names.append(PurePosixPath((image or "").replace("\\", "/")).name or f"{len(names):0{width}d}")
+            names.append(as_text(PurePosixPath((image or "").replace("\\", "/")).name) or f"{len(names):0{width}d}")
         names_files |= pc.struct_field(batch[column], "bytes").null_count > 0
     return names, names_files
 
@@ -383,7 +387,7 @@ def _row_labels(rows, column: str) -> tuple[tuple[str, ...], list[int]]:
             f"label_column={column!r} has {sum(value < 0 for value in values)} unlabelled rows (-1), the first is "
             f"row {values.index(min(values))}. Pass a labelled split or file."
         )
-    return tuple(feature.names), values
+    return tuple(map(as_text, feature.names)), values
 
 
 def _numbered(values: list, source: str, places: list[str]) -> tuple[tuple[str, ...], list[int]]:
@@ -394,9 +398,17 @@ def _numbered(values: list, source: str, places: list[str]) -> tuple[tuple[str, 
             f"{source} must hold integers or strings, but {places[wrong[0]]} has {values[wrong[0]]!r} ({len(wrong)} "
             "such). Remove those or pass another label_column."
         )
-    distinct = sorted(set(values))
-    index = {value: label for label, value in enumerate(distinct)}
-    return tuple(str(value) for value in distinct), [index[value] for value in values]
+    names = {value: as_text(str(value)) for value in set(values)}
+    numbers = _class_numbers(names.values())
+    return tuple(numbers), [numbers[names[value]] for value in values]
+
+
+def _class_numbers(names: Iterable[str]) -> dict[str, int]:
+    """Class name -> number: in the order of the names, of integers if all are ("10" after "2")."""
+    distinct = {as_text(name) for name in names}
+    integers = all(re.fullmatch("-?[0-9]+", name) for name in distinct)
+    ordered = sorted(distinct, key=lambda name: (int(name) if integers else 0, name))
+    return {name: number for number, name in enumerate(ordered)}
 
 
 def some(names: Sequence[str], limit: int) -> str:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from freqgate_dit.convert import from_diffusers, load_official, unique_names
+from freqgate_dit.image_folder import as_text
 from freqgate_dit.training.checkpoints import average_group, complete_checkpoints, why_incomplete
 
 
@@ -118,7 +119,7 @@ def _from_checkpoint(place: str, folder: Path) -> Source:
         f"{place} (step {state['step']}, average {average})",
         _load(place, folder / f"{average_group(average)}.safetensors"),
         state["config"],
-        {name: row for row, name in enumerate(state["class_names"])},
+        {as_text(name): row for row, name in enumerate(state["class_names"])},
         state["config"]["prediction_type"],
     )
 
@@ -126,7 +127,7 @@ def _from_checkpoint(place: str, folder: Path) -> Source:
 def _from_pipeline(place: str, folder: Path) -> Source:
     index = json.loads((folder / "model_index.json").read_text())
     source = _from_model(place, folder / "transformer")
-    source.class_rows = {name: row for row, name in unique_names(index.get("id2label") or {}).items()}
+    source.class_rows = {as_text(name): row for row, name in unique_names(index.get("id2label") or {}).items()}
     scheduler = folder / "scheduler" / "scheduler_config.json"
     source.prediction_type = index.get("prediction_type")
     if source.prediction_type is None and scheduler.is_file():
