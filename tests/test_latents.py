@@ -298,6 +298,18 @@ def test_full_disk_is_an_error_before_anything_is_encoded(photos, tmp_path, monk
     cache.encode("cpu")
 
 
+@pytest.mark.parametrize("make_vae", [tiny_vae_kl, tiny_vae_tiny])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_autoencoder_that_gives_nan_is_named_and_nothing_is_kept(photos, tmp_path, make_vae, value):
+    vae = make_vae()
+    with torch.no_grad():
+        next(vae.encoder.parameters()).view(-1)[0] = value
+    cache = LatentCache(photos_of(photos), vae, False, tmp_path, 2)
+    with pytest.raises(ValueError, match=r"autoencoder \(`vae`\) makes NaN or infinity of 2 of 2 images.*'(cat|dog)/"):
+        cache.encode("cpu")
+    assert not written(tmp_path) and cache.missing() == [0, 1, 2]
+
+
 # Residence
 
 

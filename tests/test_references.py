@@ -209,6 +209,15 @@ def test_reconstructions_are_those_of_the_autoencoder(vae, folder):
     assert len(fingerprints) == 3 and Reconstructed(train, vae, "digest").fingerprint == made.fingerprint
 
 
+def test_reconstructions_with_nan_are_refused(folder):
+    """Rounded to uint8 they would be black."""
+    vae = tiny_vae_kl()
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="autoencoder of `pipeline` makes NaN or infinity of image 4 of `reference`"):
+        Reconstructed(parts(folder, heldout_fraction=0.0)[0], vae, "digest").images([4, 2])
+
+
 def test_the_spectrum_of_a_reference_is_measured_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(references, "BATCH_SIZE", 5)
     train, _ = parts(folder, heldout_fraction=0.0)

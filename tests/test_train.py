@@ -178,6 +178,16 @@ def test_run_on_text(tmp_path, options, animals, text_model):
     assert abs(by_prompt - pipeline(prompt=["a cat"], **call).images).max() > 0
 
 
+def test_a_text_encoder_that_gives_nan_is_named(tmp_path, options, animals, text_model):
+    folder = shutil.copytree(text_model, tmp_path / "clip")
+    model = tiny_text_encoder()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[:] = float("nan")
+    model.save_pretrained(folder)
+    changes = on_animals(animals, condition="text", text_encoder=folder)
+    assert "`text_encoder`" in (message := refusal(options(**changes))) and "NaN" in message
+
+
 def test_bf16_keeps_weights_in_float32(tmp_path, options):
     main(options(mixed_precision="bf16", max_steps=4))
     for group in state(tmp_path / "run", 4).values():

@@ -96,4 +96,9 @@ def load_condition(config: ConditionConfig, class_names: tuple[str, ...], device
         ) from error
     prompts = tuple(config.prompt_template.replace("{label}", name) for name in class_names)
     table = encode_pooled_text(tokenizer, text_encoder, [*prompts, ""]).float().to(device)
+    if not table.isfinite().all():
+        raise ValueError(
+            f"`text_encoder` ({config.text_encoder!r}) makes NaN or infinity of the prompts of the classes: its "
+            "weights are damaged, or too large for their number type. Name another one."
+        )
     return Condition(class_names, prompts, table, text_encoder, tokenizer)

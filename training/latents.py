@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from freqgate_dit.files import replace_file
-from freqgate_dit.pipelines.pipeline_freqgate_dit import encode_to_latent_moments, vae_scale_factor
+from freqgate_dit.pipelines.pipeline_freqgate_dit import broken_images, encode_to_latent_moments, vae_scale_factor
 from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training.config import LatentConfig
 from freqgate_dit.training.data import LabelledImages
@@ -181,6 +181,9 @@ def encode(
 
     With `flip` latents have two views, because an autoencoder's latents of the mirror image are not the mirrored
     latents. Pixels (`vae=None`, uint8) have one.
+
+    Raises:
+        ValueError: if an image cannot be decoded, or the autoencoder makes NaN or infinity of it.
     """
     parts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(indices), batch_size):
@@ -195,6 +198,13 @@ def encode(
                 for name, values in zip(("mean", "std"), zip(*moments, strict=True), strict=True)
                 if values[0] is not None
             }
+            broken = sorted({place for tensor in batch.values() for place in broken_images(tensor)})
+            if broken:
+                raise ValueError(
+                    f"the autoencoder (`vae`) makes NaN or infinity of {len(broken)} of {len(pixels)} images, such as "
+                    f"{images.names[indices[start + broken[0]]]!r}: its weights are damaged, or too large for their "
+                    "number type. Name another one; of these images nothing was kept."
+                )
         for name, tensor in batch.items():
             parts.setdefault(name, []).append(tensor)
         if progress is not None:
@@ -245,7 +255,7 @@ class LatentCache:
         """Encode what is missing or damaged of the shards `process`, `process + num_processes`, ...
 
         Raises:
-            ValueError: if the disk has no room for what is missing, or an image cannot be decoded.
+            ValueError: if the disk has no room for what is missing, or an image cannot be encoded.
         """
         missing = self.missing()
         if process == 0:

@@ -18,7 +18,11 @@ from tqdm.auto import tqdm
 from freqgate_dit.features import Images
 from freqgate_dit.files import replace_file
 from freqgate_dit.metrics import band_power
-from freqgate_dit.pipelines.pipeline_freqgate_dit import decode_from_latents, encode_to_latent_moments
+from freqgate_dit.pipelines.pipeline_freqgate_dit import (
+    broken_images,
+    decode_from_latents,
+    encode_to_latent_moments,
+)
 from freqgate_dit.summary import PipelineSummary
 from freqgate_dit.training.config import is_local, load_yaml
 from freqgate_dit.training.data import BUILT_IN, DataConfig, LabelledImages, load_images
@@ -218,10 +222,21 @@ class Reconstructed:
 
     @torch.no_grad()
     def images(self, indices: Sequence[int]) -> torch.Tensor:
-        """Images `indices`, in that order: uint8 `(B, 3, resolution, resolution)`."""
+        """Images `indices`, in that order: uint8 `(B, 3, resolution, resolution)`.
+
+        Raises:
+            ValueError: if one has NaN or infinity in it.
+        """
         pixels = self.source.images(indices).to(self.vae.device).float() / 127.5 - 1
         mean, _ = encode_to_latent_moments(self.vae, pixels)
-        return to_uint8(decode_from_latents(self.vae, mean))[0]
+        made = decode_from_latents(self.vae, mean)
+        broken = broken_images(made)
+        if broken:
+            raise ValueError(
+                f"the autoencoder of `pipeline` makes NaN or infinity of image {indices[broken[0]]} of `reference`: "
+                "its weights are damaged, or too large for their number type."
+            )
+        return to_uint8(made)[0]
 
 
 # -- power spectra ----------------------------------------------------------------------------------------------------
