@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from tqdm.auto import tqdm
 
 from freqgate_dit.devices import available_cores, choose_dtype
-from freqgate_dit.files import replace_file
+from freqgate_dit.files import cache_folder, make_cache_folder, replace_file
 
 
 CACHE_DIR = "~/.cache/freqgate_dit"
@@ -199,8 +199,9 @@ def download_inception(cache_dir: str | Path = CACHE_DIR) -> Path:
 
     Raises:
         ConnectionError: if it cannot be downloaded, or arrives damaged; says where to put it by hand.
+        PermissionError: if the folder cannot be written to.
     """
-    path = Path(cache_dir).expanduser() / "inception" / INCEPTION_FILE
+    path = cache_folder(cache_dir, "inception", INCEPTION_FILE)
     if path.is_file():
         return path
     advice = f"download {INCEPTION_URL} elsewhere and put it into {path.parent}, or name it by `inception_path`."
@@ -217,7 +218,7 @@ def download_inception(cache_dir: str | Path = CACHE_DIR) -> Path:
         if _file_digest(temporary) != INCEPTION_SHA256:
             raise ConnectionError(f"{INCEPTION_FILE} arrived damaged (its SHA-256 is another one): {advice}")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_cache_folder(path.parent)
     replace_file(path, download)
     return path
 

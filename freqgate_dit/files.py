@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,34 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder(cache_dir: str | Path, *names: str) -> Path:
+    """`cache_dir/names`, with `~` for one's home; it need not be there.
+
+    Raises:
+        ValueError: if there is no such home.
+    """
+    try:
+        return Path(cache_dir).expanduser().joinpath(*names)
+    except RuntimeError as error:
+        raise ValueError(f"`cache_dir` ({cache_dir}): {error} Name a folder by `--cache_dir`.") from error
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make a folder of the cache, if it is not there.
+
+    Raises:
+        PermissionError: if it cannot be made or written to; says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"`cache_dir`: {folder} cannot be written to ({error.strerror}): name another folder by `--cache_dir`."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

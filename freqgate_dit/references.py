@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from freqgate_dit.features import CACHE_DIR, Extractor, Images, extract_features
-from freqgate_dit.files import read_json, replace_file, write_text
+from freqgate_dit.files import cache_folder, make_cache_folder, read_json, replace_file, write_text
 from freqgate_dit.metrics import FeatureStatistics
 
 
@@ -79,17 +79,19 @@ class ReferenceCache:
         self.images, self.extractor, self.split = images, extractor, split
         identity = [FORMAT, images.fingerprint, images.resolution, split, extractor.fingerprint, SHARD_IMAGES]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
-        self.folder = Path(cache_dir).expanduser() / "references" / key
+        self.folder = cache_folder(cache_dir, "references", key)
 
     def extract(self, process: int = 0, num_processes: int = 1, batch_size: int = 32) -> None:
         """Compute what is missing or damaged of the shards `process`, `process + num_processes`, ...
 
         Raises:
             ValueError: if an image cannot be decoded, or the network's features are refused.
+            PermissionError: if something is missing and the folder cannot be written to.
         """
         missing = self.missing()
         shards = [shard for shard in missing if shard % num_processes == process]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if missing:
+            make_cache_folder(self.folder)
         quiet = {"disable": True} if process > 0 or not shards else {}  # not False, which would overrule TQDM_DISABLE
         total = sum(len(self._rows(shard)) for shard in shards)
         with tqdm(total=total, desc=f"features of {self.split}", unit="image", **quiet) as progress:

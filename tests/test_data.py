@@ -889,6 +889,24 @@ def test_rows_that_name_files_are_read_every_time(tmp_path, reads):
     assert fingerprints(indexed(tmp_path / "x.parquet", tmp_path / "cache")) != first and len(reads) == 8
 
 
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(folder, tmp_path):
+    (tmp_path / "file").touch()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"checked again at every start: `cache_dir`: .*`--cache_dir`"):
+            found = indexed(folder, tmp_path / "file" / "cache")
+        assert fingerprints(found) == fingerprints(load(folder))
+    with pytest.raises(ValueError, match=r"`cache_dir` \(~no-such-user/cache\).*`--cache_dir`"):
+        indexed(folder, "~no-such-user/cache")
+
+
+def test_the_cache_of_datasets_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    table = write_parquet(tmp_path / "x.parquet", {"image": rows("abcd")})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "x.parquet" / "cache")
+    with pytest.raises(ValueError, match="dataset=.*`datasets` keeps what it has read in .*set HF_HOME"):
+        load(table)
+
+
 # Parquet and Hub
 
 

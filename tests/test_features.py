@@ -485,6 +485,14 @@ def images(tmp_path, monkeypatch):
     return read_images(tmp_path / "images")
 
 
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_computed(images, tmp_path):
+    (tmp_path / "file").touch()
+    network = Counted()
+    with pytest.raises(PermissionError, match=r"`cache_dir`: .*file.*`--cache_dir`"):
+        reference_statistics(images, extractor_of(network), "train", tmp_path / "file")
+    assert network.seen == 0
+
+
 def test_a_reference_is_computed_once(images, tmp_path):
     network = Counted()
     extractor = extractor_of(network)

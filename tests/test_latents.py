@@ -310,6 +310,16 @@ def test_an_autoencoder_that_gives_nan_is_named_and_nothing_is_kept(photos, tmp_
     assert not written(tmp_path) and cache.missing() == [0, 1, 2]
 
 
+def test_a_cache_that_cannot_be_written_is_named(photos, tmp_path):
+    images, decoded = counted(photos_of(photos))
+    (tmp_path / "file").touch()
+    with pytest.raises(PermissionError, match=r"`cache_dir`: .*file.*`--cache_dir`"):
+        load_or_encode(images, None, False, tmp_path / "file" / "cache", "cpu")
+    with pytest.raises(ValueError, match=r"`cache_dir` \(~no-such-user\).*`--cache_dir`"):
+        load_or_encode(images, None, False, "~no-such-user", "cpu")
+    assert not decoded
+
+
 # Residence
 
 

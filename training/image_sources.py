@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from freqgate_dit.files import replace_file
+from freqgate_dit.files import cache_folder, make_cache_folder, replace_file
 from freqgate_dit.image_folder import as_text, by_suffix, is_image_name, walk
 
 
@@ -88,7 +88,7 @@ class Index:
     """SHA-256 of images that could be read at an earlier start, as JSON in `cache_dir/index`; empty with `None`.
 
     An entry counts while the reader's identity and the image's stamp are the same. The file holds keys (relative names
-    or row numbers), stamps and digests; its name is a hash of the identity.
+    or row numbers), stamps and digests; its name is a hash of the identity. A warning tells if it cannot be kept.
     """
 
     FORMAT = 3  # raise it whenever other images would count as readable
@@ -98,7 +98,7 @@ class Index:
         if cache_dir is None:
             return
         name = hashlib.sha256(read.identity.encode("utf-8", "surrogateescape")).hexdigest()[:20]
-        self.path = Path(cache_dir).expanduser() / "index" / f"{name}.json"
+        self.path = cache_folder(cache_dir, "index", f"{name}.json")
         try:
             stored = json.loads(self.path.read_text())
         except (OSError, ValueError):  # none yet, or damaged: everything is read again
@@ -115,9 +115,12 @@ class Index:
         if self.path is None or entries == self.entries:
             return
         self.entries = entries
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"format": self.FORMAT, "entries": entries})
-        replace_file(self.path, lambda temporary: temporary.write_text(content))
+        try:
+            make_cache_folder(self.path.parent)
+            replace_file(self.path, lambda temporary: temporary.write_text(content))
+        except OSError as error:
+            warnings.warn(f"images are checked again at every start: {error}")
 
 
 def is_snapshot(path: Path) -> bool:
@@ -274,7 +277,9 @@ def open_parquet(config: "DataConfig"):
     try:
         return datasets.load_dataset("parquet", data_files=[glob.escape(name) for name in files], split="train")
     except Exception as error:  # pyarrow, fsspec and datasets each have their own
-        raise ValueError(f"dataset={config.dataset!r} cannot be read as parquet: {error}") from error
+        raise ValueError(
+            f"dataset={config.dataset!r} cannot be read as parquet: {error}{_cache_advice(datasets, error)}"
+        ) from error
 
 
 def open_hub(config: "DataConfig"):
@@ -293,8 +298,16 @@ def open_hub(config: "DataConfig"):
             f"as a Hub data set (dataset_split={config.dataset_split!r}, "
             f"dataset_revision={config.dataset_revision!r}): "
             f"{type(error).__name__}: {error}. Check the spelling, the connection and, for a private or gated set, "
-            "`hf auth login`."
+            f"`hf auth login`.{_cache_advice(datasets, error)}"
         ) from error
+
+
+def _cache_advice(datasets, error: Exception) -> str:
+    """What to do if `datasets` has a cache of its own that it cannot write to."""
+    cache, place = str(datasets.config.HF_DATASETS_CACHE), str(getattr(error, "filename", None) or "?")
+    if not isinstance(error, OSError) or not (place.startswith(cache) or cache.startswith(place)):
+        return ""
+    return f" `datasets` keeps what it has read in {cache}: set HF_HOME to a folder that can be written to."
 
 
 def scan_table(rows, config: "DataConfig") -> tuple[tuple[str, ...], list[Item], Reader]:

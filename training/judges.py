@@ -6,7 +6,6 @@ version of that code trains its own.
 
 import inspect
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,7 +13,7 @@ from safetensors.torch import save
 
 from freqgate_dit import shapes_textures, spectral
 from freqgate_dit.features import CACHE_DIR
-from freqgate_dit.files import digest, replace_file
+from freqgate_dit.files import cache_folder, digest, make_cache_folder, replace_file
 from freqgate_dit.training import factor_classifier
 from freqgate_dit.training.factor_classifier import FactorClassifier, train_factor_classifier
 
@@ -28,17 +27,14 @@ def factor_judge(
     Raises:
         OSError: if `cache_dir` cannot be written to; before anything is trained.
     """
-    folder = Path(cache_dir).expanduser() / "judges"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"`cache_dir` ({cache_dir}) cannot be written to: choose another.")
-    path = folder / f"{world}_{image_size}_{_digest_of_code()}.safetensors"
+    path = cache_folder(cache_dir, "judges", f"{world}_{image_size}_{_digest_of_code()}.safetensors")
     judge = FactorClassifier()
     try:
         with safe_open(path, "pt") as file:
             judge.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
             accuracy = json.loads(file.metadata()["accuracy"])
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError):  # absent or damaged
+        make_cache_folder(path.parent)
         judge, accuracy = train_factor_classifier(world=world, image_size=image_size)
         metadata = {"accuracy": json.dumps(accuracy)}
         content = save(judge.state_dict(), metadata)  # as bytes, as `save_file` makes files that others cannot read

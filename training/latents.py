@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from freqgate_dit.files import replace_file
+from freqgate_dit.files import cache_folder, make_cache_folder, replace_file
 from freqgate_dit.pipelines.pipeline_freqgate_dit import broken_images, encode_to_latent_moments, vae_scale_factor
 from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training.config import LatentConfig
@@ -248,7 +248,7 @@ class LatentCache:
             "shard_size": self.shard_size,
         }
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:20]
-        self.folder = Path(cache_dir).expanduser() / key
+        self.folder = cache_folder(cache_dir, key)
         self.num_shards = -(-len(images) // self.shard_size)
 
     def encode(self, device, process: int = 0, num_processes: int = 1) -> None:
@@ -256,6 +256,7 @@ class LatentCache:
 
         Raises:
             ValueError: if the disk has no room for what is missing, or an image cannot be encoded.
+            PermissionError: if something is missing and the folder cannot be written to.
         """
         missing = self.missing()
         if process == 0:
@@ -319,7 +320,7 @@ class LatentCache:
             tqdm.write(f"cache {self.folder.name}: going on after {done} of {self.num_shards} shards")
 
     def _require_space(self, missing: list[int]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_cache_folder(self.folder)
         needed = sum(len(self._rows(shard)) for shard in missing) * self.bytes_per_image
         free = shutil.disk_usage(self.folder).free
         if needed > free:

@@ -4,6 +4,7 @@
 [`reference_spectrum`] measure how much power it has at which spatial frequency.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -258,12 +259,14 @@ def reference_spectrum(images: Images, folder: Path, label: str) -> tuple[torch.
     They are kept in `folder`, that of the features of the same images (`ReferenceCache.folder`).
     """
     path = folder / "spectrum.safetensors"
-    if not path.is_file():
+    if path.is_file():
+        tensors = load_file(path)
+    else:
         total = sum(batch.double().sum(dim=0) for batch in _batches(images, None, f"mean image of {label}"))
         mean = (total / len(images)).float()
         tensors = {"mean": mean, "powers": band_powers(images, mean, label=label)}
-        replace_file(path, lambda temporary: save_file(tensors, temporary))
-    tensors = load_file(path)
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            replace_file(path, lambda temporary: save_file(tensors, temporary))
     return tensors["mean"], tensors["powers"]
 
 
