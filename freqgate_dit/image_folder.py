@@ -77,6 +77,8 @@ def by_suffix(names: list[str]) -> str:
 def as_text(name: str) -> str:
     """A name of a file or class as it is shown and compared: in the Unicode form NFC, bytes that are no UTF-8 written
     as `\\xe9`."""
+    if name.isascii():
+        return name
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return unicodedata.normalize("NFC", text)
 

@@ -138,7 +138,7 @@ def scan_folder(root: Path, config: "DataConfig") -> tuple[tuple[str, ...], list
     files = {"": loose, **{folder: _files(root, folder) for folder in folders}}
     images = {folder: [name for name in names if is_image_name(name)] for folder, names in files.items()}
     used = [folder for folder in folders if images[folder]]
-    others = [name for names in files.values() for name in names if not is_image_name(name)]
+    others = [name for folder, names in files.items() for name in sorted({*names}.difference(images[folder]))]
     if not any(images.values()):
         found = by_suffix(others) or "nothing"
         raise ValueError(f"dataset={str(root)!r} holds no image that Pillow reads, but {found}.")
@@ -166,18 +166,18 @@ def scan_folder(root: Path, config: "DataConfig") -> tuple[tuple[str, ...], list
 
 def _files(root: Path, folder: str = "") -> list[str]:
     """Files below `root / folder` at any depth, relative to `root`."""
-    return [
-        (Path(directory).relative_to(root) / name).as_posix()
-        for directory, _, names in walk(root / folder)
-        for name in names
-    ]
+    found = []
+    for directory, _, names in walk(root / folder):
+        relative = Path(directory).relative_to(root).as_posix()
+        found += names if relative == "." else [f"{relative}/{name}" for name in names]
+    return found
 
 
 def _tell_unused_folders(root: Path, classes: list[list[str]]) -> None:
     """Warn of classes whose images all lie in folders of their own, which may be the classes that were meant."""
     unused = {}
     for names in classes:
-        parents = [PurePosixPath(name).parent for name in names]
+        parents = [PurePosixPath(parent) for parent in {os.path.dirname(name) for name in names}]
         folder = PurePosixPath(os.path.commonpath(parents))
         below = sorted({parent.relative_to(folder).parts[:1] for parent in parents})
         if () not in below:
