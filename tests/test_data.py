@@ -262,9 +262,17 @@ def test_metadata_without_a_label_is_told_and_class_folders_come_first(folder, t
     with pytest.warns(UserWarning, match=r"without classes.*\['kind'\].*label_column"):
         train, _ = load(tmp_path / "loose")
     assert train.class_names == ()
+    (tmp_path / "loose" / "metadata.jsonl").write_text('{"id": 1, "label": "x"}')
+    with pytest.warns(UserWarning, match=r"metadata.jsonl is not read.*\['id', 'label'\] is called file_name"):
+        assert load(tmp_path / "loose")[0].class_names == ()
     (folder / "metadata.csv").write_text("file_name,label\ncat/00.png,x\n")
     assert load(folder)[0].class_names == ("cat", "dog", "wild")
     with pytest.raises(ValueError, match="metadata.csv has no label for 17 of 18 images.*cat/01.png"):
+        load(folder, label_column="label")
+    everything = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
+    lines = "".join(f"{name},{'' if name == 'dog/01.png' else 'x'}\n" for name in everything)
+    (folder / "metadata.csv").write_text(f"file_name,label\n{lines}")
+    with pytest.raises(ValueError, match="metadata.csv has no label for 1 of 18 images: dog/01.png"):
         load(folder, label_column="label")
     (folder / "metadata.csv").unlink()
     with pytest.raises(ValueError, match="label_column='label' has no effect.*metadata.csv"):
@@ -294,8 +302,9 @@ def test_labels_of_edm_are_read(tmp_path):
     file.write_text("{")
     with pytest.raises(ValueError, match="dataset.json has the labels, and cannot be read"):
         load(tmp_path)
-    file.write_text(json.dumps({"made by": "another tool"}))
-    assert load(tmp_path)[0].class_names == ("00000", "00001")
+    for content in ({"made by": "another tool"}, {"labels": ["cat", "dog"]}, {"labels": {"0": "cat"}}, []):
+        file.write_text(json.dumps(content))
+        assert load(tmp_path)[0].class_names == ("00000", "00001")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")

@@ -198,43 +198,49 @@ def _read_labels(root: Path, config: "DataConfig", has_classes: bool) -> tuple[s
     It is `dataset.json`, as EDM (Karras et al. 2022, arXiv:2206.00364) writes it, or the metadata that `imagefolder`
     of `datasets` reads; the latter counts where folders are no classes, or the user names its column.
     """
-    path = root / EDM_LABELS
-    if path.is_file():
-        content = _parsed(path, lambda: json.loads(path.read_text(encoding="utf-8")))
-        if isinstance(content, dict) and "labels" in content:
-            return path.name, content["labels"] and {as_text(name): label for name, label in content["labels"]}
+    if (root / EDM_LABELS).is_file():
+        content = _parsed(root / EDM_LABELS, _read_json)
+        pairs = content.get("labels", ()) if isinstance(content, dict) else ()
+        if pairs is None:
+            return EDM_LABELS, None
+        if pairs and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            return EDM_LABELS, {as_text(name): label for name, label in pairs}
     for path in (root / name for name in METADATA):
         if path.is_file() and (config.label_column or not has_classes):
-            table = _parsed(path, lambda path=path: _read_table(path, config.dataset))
+            _import_datasets(config.dataset)  # which brings pandas
+            table = _parsed(path, _read_table)
             columns = [name for name in table if name != "file_name"]
+            if "file_name" not in table:
+                warnings.warn(f"{path} is not read, as none of its columns {columns} is called file_name.")
+                continue
             column = _label_column(columns, config, [name for name in LABEL_COLUMNS if name in columns])
-            return column and (path.name, dict(zip(map(as_text, table["file_name"]), table[column].tolist())))
+            if column is not None:
+                names = map(as_text, table["file_name"].astype(str))
+                return path.name, dict(zip(names, table[column].tolist()))
+            return None
     if config.label_column is not None:
         raise ValueError(
             f"label_column={config.label_column!r} has no effect on dataset={config.dataset!r}, which has no "
-            f"{' or '.join(METADATA)}: leave it out."
+            f"{' or '.join(METADATA)} with file names: leave it out."
         )
     return None
 
 
-def _read_table(path: Path, dataset: str):
-    _import_datasets(dataset)
-    import pandas  # comes with `datasets`
+def _read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_table(path: Path):
+    import pandas
 
     if path.suffix == ".csv":
-        table = pandas.read_csv(path, keep_default_na=False)
-    elif path.suffix == ".jsonl":
-        table = pandas.read_json(path, lines=True, dtype=False)
-    else:
-        table = pandas.read_parquet(path)
-    if "file_name" not in table:
-        raise ValueError("no column is called file_name")
-    return table
+        return pandas.read_csv(path, keep_default_na=False)
+    return pandas.read_json(path, lines=True, dtype=False) if path.suffix == ".jsonl" else pandas.read_parquet(path)
 
 
-def _parsed(path: Path, parse: Callable[[], Any]):
+def _parsed(path: Path, parse: Callable[[Path], Any]):
     try:
-        return parse()
+        return parse(path)
     except ValueError as error:
         raise ValueError(f"{path} has the labels, and cannot be read ({error}): mend it, or move it away.") from error
 
@@ -243,7 +249,7 @@ def _labelled_items(keys: list[str], file: str, labels: dict[str, Any] | None) -
     names = [as_text(key) for key in keys]
     if labels is None:
         return (), [Item(name, -1, key) for name, key in zip(names, keys)]
-    missing = [name for name in names if name not in labels]
+    missing = [name for name in names if labels.get(name) in (None, "")]
     if missing:
         raise ValueError(
             f"{file} has no label for {len(missing)} of {len(names)} images: {some(missing, 5)}. Add them to it, or "
