@@ -13,6 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def user_path(text: str) -> Path:
+    """A path as a person writes it, for an option: `~` is home, also where no shell has seen it (`--out=~/x`)."""
+    return Path(text).expanduser()
+
+
 def digest(*parts) -> str:
     """SHA-256 in hexadecimal of what JSON can hold; of other values, of their text."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -86,20 +86,49 @@ def test_incomplete_checkpoints_are_named_and_skipped(tmp_path, capsys, how):
     assert "`resume`" in str(error.value) and "--resume latest" in str(error.value)
 
 
-def test_flipped_bit_is_found_by_its_checksum(tmp_path):
-    (path,) = save(tmp_path, 1)
-    content = bytearray((path / "model.safetensors").read_bytes())
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    (path / "model.safetensors").write_bytes(content)
-    assert why_incomplete(path) is None
-    with pytest.raises(ValueError, match="step_00000001/model.safetensors is damaged"):
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+def test_a_flipped_bit_falls_back_by_name_to_the_checkpoint_before(tmp_path, name):
+    good, bad = save(tmp_path, 1, 2)
+    flip_a_bit(bad / name)
+    told = []
+    assert find_checkpoint("latest", tmp_path, told.append) == good
+    assert len(told) == 1 and bad.name in told[0] and name in told[0]
+    with pytest.raises(ValueError, match=rf"`resume` \(.*{bad.name}\) has a damaged {name}.*{good.name}"):
+        find_checkpoint(str(bad), tmp_path)
+    flip_a_bit(good / name)
+    with pytest.raises(ValueError, match=rf"no complete checkpoint; the oldest, {good.name}, has a damaged {name}"):
+        find_checkpoint("auto", tmp_path, told.append)
+
+
+def test_loading_finds_a_flipped_bit(tmp_path):
+    (path,) = save(tmp_path, 1)
+    flip_a_bit(path / "model.safetensors")
+    with pytest.raises(ValueError, match="step_00000001 has a damaged model.safetensors"):
         load_checkpoint(path, "cpu")
+
+
+@pytest.mark.parametrize("manifest", ["[1]", "{}", '{"a": 1}', '{"a": {"bytes": 0}}'])
+def test_another_programs_folders_are_neither_taken_nor_deleted(tmp_path, manifest):
+    others = [tmp_path / f"step_{step:08d}" for step in (1, 9)]
+    for folder in others:
+        folder.mkdir()
+        (folder / "a").touch()
+        (folder / "manifest.json").write_text(manifest)
+    save(tmp_path, 2, 3, 4, keep=1)
+    assert steps_in(tmp_path) == [4] and all((folder / "a").exists() for folder in others)
 
 
 def test_nothing_to_resume_from(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ValueError, match="no complete checkpoint: start without `--resume`"):
+        with pytest.raises(ValueError, match="has no checkpoint yet: `--resume auto` starts at step 0"):
             find_checkpoint("latest", folder)
+        assert find_checkpoint("auto", folder) is None
     with pytest.raises(ValueError, match="`resume` .*nowhere.* is not a folder"):
         find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
 

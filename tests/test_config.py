@@ -1,12 +1,21 @@
 """Configuration: YAML, command line, and what is refused."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from freqgate_dit.training.config import SECTIONS, field_types, load_yaml, parse_config, preset_for
+from freqgate_dit.training.config import (
+    LOCAL,
+    SECTIONS,
+    LatentConfig,
+    field_types,
+    load_yaml,
+    parse_config,
+    preset_for,
+)
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
@@ -218,7 +227,33 @@ def test_help_lists_every_option(capsys):
     assert [name for name in field_types() if f"--{name}" not in text] == []
 
 
+def test_a_home_is_found_in_every_path_wherever_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [name for name in LOCAL if name != "cache_dir"]  # the cache is expanded where it is used
+    (tmp_path / "run.yaml").write_text("max_steps: 1\n" + "".join(f"{name}: ~/in_file\n" for name in paths))
+    for given, folder in (([], "in_file"), ([f"--{name}=~/given" for name in paths], "given")):
+        values = parse_config(["--config=~/run.yaml", *given]).to_dict()
+        assert {values[name] for name in paths} == {str(tmp_path / folder)}
+    assert LatentConfig().cache_dir.startswith("~")  # what a run's config.yaml says is so on any machine
+
+
 # Refusals
+
+
+def test_the_config_of_a_copied_or_moved_run_is_not_that_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, copy = Path("run"), Path("copy")
+    (run / "checkpoints").mkdir(parents=True)
+    parse_config(["--max_steps", "1", "--output_dir", "run"]).save(run / "config.yaml")
+    shutil.copytree(run, copy)
+    for resume in ("latest", "auto"):
+        assert parse_config(["--config", "run/config.yaml", "--resume", resume]).train.output_dir == "run"
+        message = refusal(["--config", "copy/config.yaml", "--resume", resume])
+        assert "`--config` (copy/config.yaml)" in message and "(run)" in message and "--output_dir copy" in message
+    named = ["--config", "copy/config.yaml", "--resume", "latest", "--output_dir", "copy"]
+    assert parse_config(named).train.output_dir == "copy"
+    # To start the same run again elsewhere is another thing.
+    assert parse_config(["--config", "copy/config.yaml"]).train.output_dir == "run"
 
 
 def test_unknown_keys(tmp_path):

@@ -202,6 +202,40 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_passed_over_by_latest(tmp
     assert_same_state(tmp_path / "run", tmp_path / "whole", 6)
 
 
+# -- two jobs in one folder -------------------------------------------------------------------------------------------
+
+
+def test_a_second_job_is_refused_until_the_first_has_ended(tmp_path, options):
+    """However it has ended; what another machine's process says can only be believed."""
+    folder, file = tmp_path / "run", tmp_path / "run" / "run.lock"
+    train(options(max_steps=2))
+    assert not file.exists()
+    code = (
+        "import pathlib, runpy, sys, time\n"
+        "runpy.run_path(sys.argv[1])['lock'](pathlib.Path(sys.argv[2]))\n"
+        "print('locked', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    words = [sys.executable, "-c", code, str(ROOT / "training" / "lock.py"), str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            before = file.read_text()
+            message = last_words(options(max_steps=3, resume="auto"))
+            assert f"`output_dir` ({folder}) is in use by process {other.pid} of this machine" in message
+            assert steps_kept(folder) == [2] and file.read_text() == before
+        finally:
+            other.kill()
+    assert file.exists()
+    train(options(max_steps=3, resume="auto"))
+    assert steps_kept(folder) == [2, 3] and not file.exists()
+    file.write_text(json.dumps({"host": "elsewhere", "process": 7, "since": "now"}))
+    message = last_words(options(max_steps=4, resume="auto"))
+    assert "in use by process 7 on elsewhere, since now" in message and f"delete {file}" in message
+    file.unlink()
+    train(options(max_steps=4, resume="auto"))
+
+
 # -- resuming otherwise than before -----------------------------------------------------------------------------------
 
 

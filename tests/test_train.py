@@ -560,7 +560,7 @@ def test_a_job_that_is_started_again_and_again(tmp_path, options):
 def test_what_resume_refuses(tmp_path, options):
     run = tmp_path / "run"
     message = refusal(options(resume="latest"))
-    assert "no complete checkpoint" in message and str(run) in message
+    assert "has no checkpoint yet" in message and str(run) in message
     main(options(max_steps=4, save_every=2))
 
     for name, value, was in (
@@ -585,7 +585,7 @@ def test_what_resume_refuses(tmp_path, options):
     assert "--resume latest" in message and "step_00000004" in message
     model = run / "checkpoints" / "step_00000004" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"?")
-    assert "step_00000004/model.safetensors is damaged" in refusal(options(resume="latest"))
+    assert "the oldest, step_00000004, has a damaged model.safetensors" in refusal(options(resume="latest"))
 
 
 def test_resume_refuses_a_folder_whose_content_has_changed(tmp_path, options):
@@ -767,14 +767,57 @@ def test_a_warm_up_that_never_ends_is_told(options, capsys, steps, told):
     assert ("`warmup_steps` 7" in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize("name", ["pipeline", "checkpoints", "previews", "metrics.jsonl"])
-def test_a_folder_with_something_else_is_refused(name, options, tmp_path):
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("name", ["pipeline", "checkpoints", "previews", "metrics.jsonl", "config.yaml"])
+def test_a_folder_with_something_else_is_refused(name, resume, options, tmp_path):
     place = tmp_path / "run" / name / "mine.txt" if "." not in name else tmp_path / "run" / name
     place.parent.mkdir(parents=True)
-    place.write_text("mine")
-    message = refusal(options())
+    place.write_text("mine: 1")
+    message = refusal(options(resume=resume))
     assert "`output_dir`" in message and f"holds {name}, which a run would replace" in message
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [place] and place.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [place] and place.read_text() == "mine: 1"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints/step_00000001/manifest.json"])
+def test_another_programs_files_do_not_make_a_folder_that_of_a_run(name, options, tmp_path):
+    """Beside them its reports, which lack nothing of ours."""
+    theirs = {"metrics.jsonl": '{"step": 1, "loss": 2}\n', name: "{}"}
+    for file, text in theirs.items():
+        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / file).write_text(text)
+    assert "metrics.jsonl, which a run would replace" in refusal(options(resume="auto"))
+    assert {file: (tmp_path / "run" / file).read_text() for file in theirs} == theirs
+
+
+def test_a_checkpoint_does_not_go_on_in_the_folder_of_another_run(options, tmp_path):
+    for name in ("run", "other"):
+        main(options(max_steps=1, output_dir=tmp_path / name))
+    message = refusal(options(max_steps=2, resume=tmp_path / "other" / "checkpoints" / "step_00000001"))
+    assert "`output_dir`" in message and "holds another run than the one of `resume`" in message
+
+
+def test_damage_outside_the_state_does_not_stop_a_run_from_going_on(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(options(max_steps=1, preview_every=1))
+    lines = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "validation.jsonl")}
+    for name, content in lines.items():
+        (run / name).write_bytes(b'{"step": \xff\n' + content)
+    for picture in ("loss.png", "previews/step_00000001.png", "pipeline/README.md"):
+        (run / picture).write_bytes(b"\xff")
+    main(options(max_steps=2, resume="latest"))
+    printed = capsys.readouterr().out
+    for name, content in lines.items():
+        assert f"{name} has 1 damaged lines" in printed and (run / name).read_bytes().startswith(content)
+        assert (run / f"{name}.damaged").read_bytes().endswith(content)
+
+
+@pytest.mark.parametrize("option", ["output_dir", "cache_dir"])
+def test_pictures_of_a_run_do_not_become_its_images(option, options, tmp_path, animals):
+    (tmp_path / "link").symlink_to(animals)
+    for place in (animals, animals / "runs" / "mine", tmp_path / "link" / "cat"):
+        message = refusal(options(**on_animals(animals, **{option: place})))
+        assert f"`{option}` ({place})" in message and f"`dataset` {animals}" in message
+    assert sorted(path.name for path in animals.iterdir()) == ["cat", "dog", "wild"]
 
 
 def test_what_others_put_into_the_pipeline_stays(options, tmp_path):

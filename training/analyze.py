@@ -28,7 +28,7 @@ import freqgate_dit
 from freqgate_dit import __version__, pipelines, training
 from freqgate_dit.devices import choose_device
 from freqgate_dit.features import CACHE_DIR
-from freqgate_dit.files import digest, digest_of_sources, write_text
+from freqgate_dit.files import digest, digest_of_sources, user_path, write_text
 from freqgate_dit.findings import Findings
 from freqgate_dit.model_card import card_in_words
 from freqgate_dit.shapes_textures import NUM_CLASSES, WORLDS
@@ -48,7 +48,9 @@ OF_THIS_MACHINE = ("pipeline", "out", "cache_dir", "cpu_threads", "update_card")
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="pipeline folder or Hub id")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the report (default: report)")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("report"), help="folder for the report (default: report)"
+    )
     parser.add_argument("--sections", nargs="+", choices=tuple(SECTIONS), default=list(SECTIONS), help="default: all")
     parser.add_argument("--images", type=int, default=128, help="images per measurement (default 128)")
     parser.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")

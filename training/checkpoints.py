@@ -24,6 +24,7 @@ from freqgate_dit.files import left_behind, replace_folder
 
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 NAME = re.compile(r"step_(\d{8})")
 
 
@@ -67,7 +68,7 @@ class Checkpoint:
         for name, group in self.tensors.items():
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
             save_file(tensors, folder / f"{name}.safetensors")
-        (folder / "state.json").write_text(json.dumps(self.state, indent=2))
+        (folder / STATE).write_text(json.dumps(self.state, indent=2))
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
@@ -118,15 +119,25 @@ def why_incomplete(folder: Path) -> str | None:
         return f"has no {MANIFEST}: it was not written to the end"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (ValueError, OSError):
-        return f"has a damaged {MANIFEST}"
-    for name, entry in manifest.items():
+        sizes = {name: int(entry["bytes"]) for name, entry in manifest.items()}
+    except (ValueError, OSError, TypeError, KeyError, AttributeError):
+        return f"has a damaged {MANIFEST}, or another program's"
+    if STATE not in sizes:
+        return f"has a {MANIFEST} without {STATE}: it is another program's"
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"lacks {name}"
-        if path.stat().st_size != entry["bytes"]:
-            return f"has {name} with {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if path.stat().st_size != size:
+            return f"has {name} with {path.stat().st_size} bytes instead of {size}"
     return None
+
+
+def why_damaged(folder: Path) -> str | None:
+    """What is wrong with the content of a complete checkpoint, in words; `None` if all checksums agree."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    damaged = [name for name, entry in manifest.items() if sha256(folder / name) != entry.get("sha256")]
+    return f"has a damaged {', '.join(damaged)} (another checksum)" if damaged else None
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -141,35 +152,38 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(resume: str, folder: Path, tell: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that `resume` means: a path, or "latest" for the newest complete one in `folder`.
+    """The checkpoint that `resume` means: a path, or "latest" for the newest whole one in `folder`.
 
     "auto" is "latest" for jobs that are started again and again: `None` while there is no checkpoint whatever.
-    Incomplete ones that are passed over are told to `tell`.
+    Those that are passed over, because they are incomplete or damaged, are told to `tell`.
 
     Raises:
-        ValueError: if there is none, or the one named is incomplete; says what is wrong and which could be used.
+        ValueError: if there is none, or the one named is not whole; says what is wrong and which could be used.
     """
     _undo_unfinished_replacement(folder)
-    complete = complete_checkpoints(folder)
-    usable = f"Complete checkpoints of this run: {[str(path) for path in complete]}."
-    if resume == "auto" and not checkpoint_folders(folder):
-        return None
     if resume not in ("latest", "auto"):
         path = Path(resume)
-        problem = why_incomplete(path)
+        problem = why_incomplete(path) or why_damaged(path)
         if problem:
+            usable = f"Complete checkpoints of this run: {[str(path) for path in complete_checkpoints(folder)]}."
             raise ValueError(f"`resume` ({resume}) {problem}. {usable} `--resume latest` takes the newest.")
         return path
-    for path in checkpoint_folders(folder):
-        problem = why_incomplete(path)
-        if problem:
-            tell(f"skipping checkpoint {path.name}: it {problem}")
-    if not complete:
+    folders = checkpoint_folders(folder)
+    if not folders:
+        if resume == "auto":
+            return None
         raise ValueError(
-            f"`resume` is {resume!r}, but {folder} has no complete checkpoint: start without `--resume`, in a "
-            "folder that holds no run."
+            f"`resume` is {resume!r}, but {folder} has no checkpoint yet: `--resume auto` starts at step 0 then."
         )
-    return complete[-1]
+    for path in reversed(folders):
+        problem = why_incomplete(path) or why_damaged(path)
+        if problem is None:
+            return path
+        tell(f"skipping checkpoint {path.name}: it {problem}")
+    raise ValueError(
+        f"`resume` is {resume!r}, but {folder} has no complete checkpoint; the oldest, {path.name}, {problem}. Bring "
+        "one back from a copy, or start anew in another `output_dir`."
+    )
 
 
 def load_checkpoint(folder: Path, device) -> Checkpoint:
@@ -178,17 +192,14 @@ def load_checkpoint(folder: Path, device) -> Checkpoint:
     Raises:
         ValueError: if a file is damaged; names it.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, entry in manifest.items():
-        if sha256(folder / name) != entry["sha256"]:
-            raise ValueError(
-                f"{folder.name}/{name} is damaged (its checksum differs): resume from another checkpoint."
-            )
+    problem = why_damaged(folder)
+    if problem:
+        raise ValueError(f"checkpoint {folder.name} {problem}: resume from another one.")
     device = torch.device(device)
     # safetensors knows no "cpu:0", which is the device of one CPU process among several.
     device = device.type if device.type == "cpu" else str(device)
     tensors = {path.stem: load_file(path, device=device) for path in folder.glob("*.safetensors")}
-    return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
+    return Checkpoint(tensors, json.loads((folder / STATE).read_text()))
 
 
 def average_group(name: str) -> str:

@@ -39,7 +39,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 import freqgate_dit
 from freqgate_dit.devices import accelerators, available_cores
-from freqgate_dit.files import digest, digest_of_sources, read_json, read_json_lines, write_text
+from freqgate_dit.files import digest, digest_of_sources, read_json, read_json_lines, user_path, write_text
 from freqgate_dit.model_card import table
 from freqgate_dit.training.checkpoints import checkpoint_folders
 from freqgate_dit.training.config import ASIDE, TrainingRun, parse_config
@@ -366,8 +366,8 @@ def run_all(jobs: list[Job], parallel: int, what: str, gpus: Sequence[str] = ())
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison")
-    parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
+    parser.add_argument("--config", type=user_path, required=True, help="YAML file of the comparison")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for runs and results")
     parser.add_argument(
         "--arms", nargs="+", help="some of the file's arms and the baseline, reported in OUT/some_arms (default: all)"
     )

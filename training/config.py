@@ -361,6 +361,31 @@ ASIDE = "output_dir cache_dir cpu_threads resume log_every save_every preview_ev
 LOCAL = ("dataset", "cache_dir", "output_dir", "vae", "text_encoder", "tokenizer", "init_from", "resume")
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder is that of a run, by its config.yaml: other programs have files of this name, too."""
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(values, dict) and {"output_dir", "variant", "ema"} <= values.keys()
+
+
+def refuse_moved_run(file: Path, output_dir: str):
+    """Raise if `file` is the config.yaml of a run that was copied or moved: its `output_dir` is where it was before.
+
+    Raises:
+        ValueError: names both folders and what to do.
+    """
+    folder = file.parent
+    has_begun = any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl"))
+    if has_begun and is_run_folder(folder) and folder.resolve() != Path(output_dir).resolve():
+        raise ValueError(
+            f"`--config` ({file}) is of a run that was copied or moved, or of another working directory: its "
+            f"`output_dir` ({output_dir}) is not the folder that it lies in. Add `--output_dir {folder}` to go on "
+            "there."
+        )
+
+
 def is_local(path: str) -> bool:
     """Whether a value is a path on this machine; a Hub id or the built-in set is not."""
     return path.startswith(("/", "~", ".")) or Path(path).exists() or path.count("/") > 1
@@ -504,14 +529,15 @@ def preset_for(given: argparse.Namespace, named: set[str]) -> Path | None:
         given: the command line's options, defaults among them.
         named: which of them it has.
     """
-    run = Path(given.output_dir) / "config.yaml"
-    if given.resume and "output_dir" in named and run.is_file():
-        return run
+    run = Path(given.output_dir)
+    if given.resume and "output_dir" in named and is_run_folder(run):
+        return run / "config.yaml"
     if given.vae or given.init_from or given.dataset == BUILT_IN:
         return None
     preset = PRESETS / ("photos64.yaml" if given.resolution < 128 else "photos128.yaml")
-    run = Path(load_yaml(preset)["output_dir"]) / "config.yaml"
-    return run if given.resume and "output_dir" not in named and run.is_file() else preset
+    run = Path(load_yaml(preset)["output_dir"])
+    goes_on = given.resume and "output_dir" not in named and is_run_folder(run)
+    return run / "config.yaml" if goes_on else preset
 
 
 def parse_config(
@@ -539,11 +565,16 @@ def parse_config(
     )
     parser.add_argument(
         "--config",
+        type=os.path.expanduser,
         help="YAML file of these options; the command line overrides it. Without one, images of your own are trained "
         "in pixels by the preset photos64.yaml, from 128 px on photos128.yaml; 'none' for the defaults below.",
     )
     types = field_types()
     for action in parser._actions:
+        # A shell expands `--vae ~/x` but not `--vae=~/x`, and nobody what stands in a file. (The cache is the same for
+        # whoever takes over a config.yaml, and is expanded where it is used.)
+        if action.dest in LOCAL and action.dest != "cache_dir":
+            action.type = os.path.expanduser
         # `--vae none` takes back what a YAML file has set.
         if type(None) in get_args(types.get(action.dest)):
             action.type = partial(none_or, action.type)
@@ -568,6 +599,8 @@ def parse_config(
     if unknown:
         raise ValueError(f"the command line has {unknown} without an option that takes them.")
     values = vars(namespace)
+    if file and values["resume"] and "output_dir" not in named:
+        refuse_moved_run(Path(file), values["output_dir"])
     return TrainingRun(
         **{
             name: section(**{knob_field.name: values[knob_field.name] for knob_field in dataclasses.fields(section)})

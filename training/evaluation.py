@@ -38,7 +38,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
 
 from freqgate_dit.devices import DTYPES
 from freqgate_dit.features import CACHE_DIR
-from freqgate_dit.files import refuse_to_replace
+from freqgate_dit.files import refuse_to_replace, user_path
 from freqgate_dit.samplers import SAMPLERS
 from freqgate_dit.training.comparison import SWEPT, Comparison
 from freqgate_dit.training.generation import check_card_folder
@@ -166,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("files and machine")
-    output.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for the results")
+    output.add_argument("--out", type=user_path, default=Path("evaluation"), help="folder for the results")
     output.add_argument(
         "--keep_images",
         action="store_true",

@@ -7,7 +7,6 @@ Example:
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from freqgate_dit.devices import bf16_is_fast
+from freqgate_dit.files import user_path
 from freqgate_dit.shapes_textures import STRUCTURES, TEXTURES, WORLDS, ShapesTextures
 
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--num_images", type=int, default=16_384)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file for the settings, accuracies and seconds")
+    parser.add_argument("--out", type=user_path, help="JSON file for the settings, accuracies and seconds")
     arguments = parser.parse_args()
     settings = {name: getattr(arguments, name) for name in ("world", "image_size", "num_images", "seed")}
     start = time.perf_counter()

@@ -14,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from freqgate_dit import report_plots
+from freqgate_dit.files import user_path
 from freqgate_dit.shapes_textures import STRUCTURES, WORLDS, ShapesTextures
 from freqgate_dit.traces import last_crossing
 from freqgate_dit.training.decisions import FACTORS
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--num_draws", type=int, default=NUM_DRAWS, help="for Bayes' rule, a multiple of 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of these and of the test images")
-    parser.add_argument("--out", type=Path, help="JSON file for the curves, written after each world")
-    parser.add_argument("--figure", type=Path, help="PNG file for a picture of them")
+    parser.add_argument("--out", type=user_path, help="JSON file for the curves, written after each world")
+    parser.add_argument("--figure", type=user_path, help="PNG file for a picture of them")
     arguments = parser.parse_args()
     settings = {name: getattr(arguments, name) for name in ("image_size", "num_draws")}
     result = {**settings, "seeds": arguments.seeds, "test_images": TEST_IMAGES, "worlds": {}}

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -55,8 +57,8 @@ class Logbook:
         if self.is_main:
             # A run that starts anew reports its step 0 anew.
             newest = step if step > 0 else -1
-            self.metrics = JsonLines(self.output_dir / "metrics.jsonl", newest)
-            self.validations = JsonLines(self.output_dir / "validation.jsonl", newest)
+            self.metrics = JsonLines(self.output_dir / "metrics.jsonl", newest, self.tell)
+            self.validations = JsonLines(self.output_dir / "validation.jsonl", newest, self.tell)
         if config.train.report_to != "none":
             # Trackers take numbers, strings and booleans only.
             settings = {
@@ -180,21 +182,36 @@ class Logbook:
                 plots.validation_heatmap(newest[0]["ema"], title).savefig(self.output_dir / "validation.png")
 
 
+def _step_of(line: bytes) -> int | None:
+    """Of which step a line is; `None` for one that is no report's."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 class JsonLines:
     """A file with a line per report: `{"step": ..., name: value, ...}`.
 
     Args:
-        path: the file; lines after `step` (from a run that went further before it was resumed) are dropped.
+        path: the file; lines after `step` (from a run that went further before it was resumed) are dropped. Of one
+            with damaged lines, the whole is kept under another name.
         step: where the run stands.
+        tell: prints a line.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, tell: Callable[[str], None] = print):
         self.path = path
         if path.is_file():
             # A last line without its end is what a killed run was writing.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
-            replace_file(path, lambda temporary: temporary.write_text(kept))
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            steps = [_step_of(line) for line in lines]
+            if None in steps:
+                damaged = path.with_name(f"{path.name}.damaged")
+                shutil.copyfile(path, damaged)
+                tell(f"{path.name} has {steps.count(None)} damaged lines, which are left out; as it was: {damaged}")
+            kept = b"".join(line for line, at in zip(lines, steps) if at is not None and at <= step)
+            replace_file(path, lambda temporary: temporary.write_bytes(kept))
 
     def add(self, step: int, values: dict):
         size = self.path.stat().st_size if self.path.is_file() else 0

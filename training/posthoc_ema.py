@@ -33,7 +33,7 @@ if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from freqgate_dit import FreqGateDiTPipeline
-from freqgate_dit.files import left_behind, replace_file, replace_folder
+from freqgate_dit.files import left_behind, replace_file, replace_folder, user_path
 from freqgate_dit.pipelines.pipeline_freqgate_dit import forget_origin
 from freqgate_dit.training.ema import EMAProfile, WeightAverages, sigma_rel_to_gamma
 from freqgate_dit.training.publishing import describe_other_weights
@@ -282,12 +282,12 @@ def run_script(run: Path, sigma_rels: Sequence[float], step: int | None, out: Pa
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run (its `output_dir`)")
+    parser.add_argument("--run", type=user_path, required=True, help="folder of a finished run (its `output_dir`)")
     parser.add_argument(
         "--sigma_rel", type=float, nargs="+", required=True, help="widths of the averages, 0.05 to 0.2 as a rule"
     )
     parser.add_argument("--step", type=int, help="end the averages at this step's snapshot; by default at the last")
-    parser.add_argument("--out", type=Path, help="folder in which the pipeline folders are written; by default RUN")
+    parser.add_argument("--out", type=user_path, help="folder in which pipeline folders are written; by default RUN")
     given = parser.parse_args(arguments)
     try:
         run_script(given.run, given.sigma_rel, given.step, given.out or given.run)

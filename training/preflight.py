@@ -1,4 +1,4 @@
-"""What can be known before step 1: a launcher that is not supported, a disk that is too small."""
+"""What can be known before step 1: a launcher that is not supported, a disk too small, a folder that is not free."""
 
 import math
 import shutil
@@ -9,8 +9,9 @@ from accelerate.utils import parse_flag_from_env
 
 from freqgate_dit.files import refuse_to_replace
 from freqgate_dit.pipeline_folder import INDEX
-from freqgate_dit.training.checkpoints import checkpoint_folders
-from freqgate_dit.training.config import TrainConfig
+from freqgate_dit.training.checkpoints import checkpoint_folders, complete_checkpoints
+from freqgate_dit.training.config import TrainConfig, TrainingRun, is_run_folder
+from freqgate_dit.training.data import BUILT_IN
 from freqgate_dit.training.ema import EMAProfile
 
 
@@ -94,22 +95,49 @@ def refuse_other_folder(output_dir: Path, resume: str | None):
     Raises:
         ValueError, FileExistsError: names the folder, what it holds and what to do.
     """
-    is_run = (output_dir / "config.yaml").exists()
-    if is_run and not resume:
-        raise ValueError(
-            f"`output_dir` ({output_dir}) holds another run: choose another folder, delete it, or go on with "
-            "`--resume latest`."
-        )
     checkpoints = output_dir / "checkpoints"
-    is_inside = resume in ("latest", "auto") or checkpoints.absolute() in Path(resume or "").absolute().parents
-    goes_on = is_run or (is_inside and checkpoint_folders(checkpoints))
-    found = [name for name in WRITTEN if (output_dir / name).exists()]
+    is_run = is_run_folder(output_dir)
+    is_inside = resume in ("latest", "auto") or checkpoints.resolve() in Path(resume or "").resolve().parents
+    if is_run and not resume:
+        remedy = (
+            "go on with `--resume latest`"
+            if checkpoint_folders(checkpoints)
+            else "start it again with `--resume auto`, as it has no checkpoint yet"
+        )
+        raise ValueError(
+            f"`output_dir` ({output_dir}) holds another run: choose another folder, delete it, or {remedy}."
+        )
+    if is_run and not is_inside:
+        raise ValueError(
+            f"`output_dir` ({output_dir}) holds another run than the one of `resume` ({resume}), and would lose its "
+            "checkpoints: choose another folder."
+        )
+    goes_on = is_inside and (is_run or complete_checkpoints(checkpoints))
+    found = [name for name in ("config.yaml", *WRITTEN) if (output_dir / name).exists()]
     if found and not goes_on:
         raise ValueError(
-            f"`output_dir` ({output_dir}) holds {', '.join(found)}, which a run would replace, and no config.yaml, "
-            "which every run has: choose another folder, or move that away."
+            f"`output_dir` ({output_dir}) holds {', '.join(found)}, which a run would replace, and no config.yaml of "
+            "a run, which every run has: choose another folder, or move that away."
         )
     refuse_to_replace(output_dir / "pipeline", INDEX)
+
+
+def refuse_writing_into_data(config: TrainingRun):
+    """Raise if the run would write below the folder of its images: its previews would be images of the next run.
+
+    Raises:
+        ValueError: names the option, both folders and what to do.
+    """
+    data = Path(config.data.dataset)
+    if config.data.dataset == BUILT_IN or not data.is_dir():
+        return
+    for name, place in (("output_dir", config.train.output_dir), ("cache_dir", config.latents.cache_dir)):
+        folder = Path(place).expanduser().resolve()
+        if data.resolve() in (folder, *folder.parents):
+            raise ValueError(
+                f"`{name}` ({place}) lies in the folder of the images (`dataset` {config.data.dataset}), where "
+                "pictures of a run would count as images: name a folder elsewhere."
+            )
 
 
 def gib(count: int) -> str:

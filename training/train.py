@@ -59,10 +59,11 @@ from freqgate_dit.training.latents import (
     weights_fingerprint,
 )
 from freqgate_dit.training.launching import resume_command, start_accelerator
+from freqgate_dit.training.lock import lock, unlock_all
 from freqgate_dit.training.logbook import Logbook
 from freqgate_dit.training.optimizers import make_optimizer
 from freqgate_dit.training.posthoc_ema import save_snapshot
-from freqgate_dit.training.preflight import check_disk, gib, refuse_other_folder, run_bytes
+from freqgate_dit.training.preflight import check_disk, gib, refuse_other_folder, refuse_writing_into_data, run_bytes
 from freqgate_dit.training.previews import preview_grid
 from freqgate_dit.training.publishing import training_summary, write_pipeline
 from freqgate_dit.training.pushes import Pushes
@@ -102,8 +103,11 @@ class Trainer:
         )
         if train.dry_run:
             self.print(config.to_yaml())
+        refuse_writing_into_data(config)
         if not train.dry_run:
             refuse_other_folder(self.output_dir, train.resume)
+            if self.is_main and self.output_dir.exists():
+                lock(self.output_dir)
         images, heldout_images = self._load_images()
         self.condition = load_condition(config.condition, images.class_names, self.device)
         self.can_guide = not self.condition.is_none and config.objective.class_dropout_prob > 0
@@ -330,6 +334,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            lock(self.output_dir)
+            refuse_other_folder(self.output_dir, self.config.train.resume)  # one that came first may have ended
             replace_file(self.output_dir / "config.yaml", self.config.save)
         self.accelerator.wait_for_everyone()
         self.logbook = Logbook(self.accelerator, self.config, self.step, self.total_steps, self.objective.names)
@@ -574,6 +580,7 @@ class Trainer:
         self.close()
         if self.pushes:  # last, as the other processes must not wait for the network
             self.finish_pushes(finished)
+        unlock_all()
         again = resume_command(self.accelerator, self.output_dir)
         if self.unsaved:
             raise CheckpointError(f"{self.unsaved}. Go on from the newest checkpoint with:\n  {again}")
@@ -649,6 +656,8 @@ def main(arguments: list[str] | None = None):
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("stopped at once; what was saved and encoded so far is kept") from None
+    finally:
+        unlock_all()
 
 
 if __name__ == "__main__":
