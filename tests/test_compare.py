@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import MODEL, ROOT, is_drawn, reset_accelerate, train
+from tiny_runs import MODEL, ROOT, is_drawn, photos, reset_accelerate, train
 
 from freqgate_dit.statistics import paired_difference
 from freqgate_dit.training.compare import (
@@ -163,6 +163,17 @@ def test_a_comparison_end_to_end(tmp_path, capsys, in_this_process, monkeypatch)
         main(write(tmp_path / "c.yaml", measure="epsilon", seeds=[0, 1, 2]))
     assert not (out / "runs" / "adaln_seed2").exists()
     validation.write_text(kept)
+    # A run on other images is told before anything is trained or reported.
+    state = out / "runs" / "band_gate_seed1" / "checkpoints" / "step_00000004" / "state.json"
+    known = state.read_text()
+    fingerprint = json.loads(known)["fingerprints"]["dataset"]
+    state.write_text(known.replace(fingerprint, fingerprint[::-1]))
+    for more, seeds, than in ((["--report_only"], [0, 1], "adaln with seed 0"), ([], [0, 1, 2], "what is there now")):
+        message = f"band_gate with seed 1 .* another content of `dataset` than {than}"
+        with pytest.raises(SystemExit, match=message):
+            main([*write(tmp_path / "c.yaml", seeds=seeds), *more])
+    assert not (out / "runs" / "adaln_seed2").exists()
+    state.write_text(known)
     # A run that was trained with other options is not passed off as one with these.
     arms = {"adaln": {"variant": "adaln_zero", "learning_rate": 2e-2}, "band_gate": {"variant": "adaln_zero"}}
     with pytest.raises(
@@ -334,27 +345,62 @@ def test_a_run_that_fails_is_named(tmp_path, capsys):
             evaluation_job("adaln with seed 0", {"steps": steps}, folder)
     (folder / "evaluation").rmdir()
     Path(f"{folder}.code").write_text("one")
-    job = training_job("adaln with seed 0", words, folder)
-    assert "adaln with seed 0 was cut off before its first checkpoint" in capsys.readouterr().out
-    assert not folder.exists() and "--resume" not in job.command
+    job = training_job("adaln with seed 0", words, folder)  # cut off before its first checkpoint
+    assert folder.exists() and job.command[-2:] == ["--resume", "auto"]
     with pytest.raises(RuntimeError, match=r"adaln with seed 0 ended with status 1.*was not found.*adaln_seed0\.log"):
         run_all([job], 1, "training")
 
 
-def test_sigterm_stops_the_runs_too(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_stops_the_runs_too_and_waits_for_them(name, tmp_path):
+    """A run gets one signal, whoever else in the group of processes gets it, and all the time that it needs."""
     code = """
 import os, pathlib, signal, sys, time
-def stopped(number, frame):
-    pathlib.Path(sys.argv[1]).write_text("stopped")
-    sys.exit()
-signal.signal(signal.SIGTERM, stopped)
-os.kill(os.getppid(), signal.SIGTERM)
-time.sleep(60)
+seen = []
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    signal.signal(getattr(signal, name), lambda number, frame: seen.append(signal.Signals(number).name))
+assert os.getsid(0) == os.getpid()
+os.kill(os.getppid(), getattr(signal, sys.argv[2]))
+while not seen:
+    time.sleep(0.01)
+time.sleep(0.5)
+pathlib.Path(sys.argv[1]).write_text(" ".join(seen))
 """
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        run_all([Job("run", [sys.executable, "-c", code, str(tmp_path / "file")], tmp_path / "log")], 1, "training")
-    assert (tmp_path / "file").read_text() == "stopped" and signal.getsignal(signal.SIGTERM) is handler
+    numbers = [getattr(signal, one) for one in ("SIGINT", "SIGTERM", "SIGHUP")]
+    handlers = [signal.getsignal(number) for number in numbers]
+    job = Job("run", [sys.executable, "-c", code, str(tmp_path / "file"), name], tmp_path / "log")
+    with pytest.raises(KeyboardInterrupt):
+        run_all([job], 1, "training")
+    assert (tmp_path / "file").read_text() == "SIGTERM"
+    assert [signal.getsignal(number) for number in numbers] == handlers
+
+
+def test_ctrl_c_ends_a_comparison_with_a_sentence(tmp_path, monkeypatch):
+    def interrupted(*words, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(SystemExit, match="^stopped: the same command goes on where its runs have stopped$"):
+        main(write(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    "held_out, used, message",
+    [(2, 32, "6 images are held out, .* raise `heldout_fraction`"), (4, 9, "9 of them are used, .* raise `num_val")],
+)
+def test_too_few_images_for_every_noise_level_are_told_before_a_run(held_out, used, message, tmp_path):
+    common = {
+        **yaml.safe_load(Path(write(tmp_path / "c.yaml")[1]).read_text())["common"],
+        "dataset": str(photos(tmp_path / "photos")),
+        "num_images": None,
+        "resolution": 16,
+        "heldout_per_class": held_out,
+        "num_validation_images": used,
+    }
+    common.pop("num_images")
+    with pytest.raises(SystemExit, match=f"`common`: {message}"):
+        main(write(tmp_path / "c.yaml", common=common))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("gpus, seen", [(["2", "5"], ["2", "2", "5", "5"]), (["2"], ["all"] * 4), ([], ["all"] * 4)])

@@ -291,6 +291,13 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, options, monkeypatch):
     assert steps_kept(tmp_path / "run") == [1, 2] and signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_second_sigterm_changes_nothing(tmp_path, options, monkeypatch):
+    """Queues send it again before they kill, and to every process of a job besides the one that passes it on."""
+    signal_in_step(monkeypatch, 3, signal.SIGTERM, signal.SIGTERM)
+    train(options(save_every=1))
+    assert steps_kept(tmp_path / "run") == [2, 3]
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_and_says_so_at_once(name, tmp_path, options, monkeypatch, capfd):
     number = getattr(signal, name)

@@ -41,12 +41,13 @@ import freqgate_dit
 from freqgate_dit.devices import accelerators, available_cores
 from freqgate_dit.files import digest, digest_of_sources, read_json, read_json_lines, user_path, write_text
 from freqgate_dit.model_card import table
-from freqgate_dit.training.checkpoints import checkpoint_folders
+from freqgate_dit.training.checkpoints import checkpoint_folders, complete_checkpoints
 from freqgate_dit.training.config import ASIDE, TrainingRun, parse_config
 from freqgate_dit.training.evaluation import check_arguments, make_parser
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest, size_cells
 from freqgate_dit.training.paired import read_run, summarise, write_report
+from freqgate_dit.training.validation import NUM_BINS
 
 
 # With others, held-out errors are not of the same thing.
@@ -247,6 +248,39 @@ def refuse_other_options(name: str, folder: Path, wanted: TrainingRun):
             )
 
 
+def refuse_few_images(sizes: ModelSizes, config: TrainingRun):
+    """Raise if runs on this data would have noise levels that no held-out image is measured at."""
+    for count, what, remedy in (
+        (len(sizes.heldout), "images are held out", "raise `heldout_fraction` or `heldout_per_class`"),
+        (config.train.num_validation_images, "of them are used", "raise `num_validation_images`"),
+    ):
+        if count < NUM_BINS:
+            raise ValueError(
+                f"`common`: {count} {what}, but a comparison is made by {NUM_BINS} noise levels, with an image or "
+                f"more at each: {remedy}."
+            )
+
+
+def refuse_other_content(folders: dict[str, Path], wanted: dict[str, str | None] | None):
+    """Raise if runs have read other images, another autoencoder or text encoder than the others, or than `wanted`.
+
+    Args:
+        folders: name -> folder of runs; of one without a checkpoint it is not known.
+        wanted: fingerprints of what runs still to be trained will read; `None` if there are none.
+    """
+    other = "what is there now"
+    for name, folder in folders.items():
+        for checkpoint in complete_checkpoints(folder / "checkpoints")[-1:]:
+            found = read_json(checkpoint / "state.json")["fingerprints"]
+            wanted, other = (found, name) if wanted is None else (wanted, other)
+            for option, fingerprint in found.items():
+                if wanted.get(option) != fingerprint:
+                    raise ValueError(
+                        f"`--out`: {name} was trained with another content of `{option}` than {other}, which does not "
+                        f"compare: restore it, delete {folder}, or choose another folder."
+                    )
+
+
 def evaluation_key(folder: Path, options: dict) -> str:
     """What an evaluation of the run is of: the options and the weights."""
     return digest(options, weights_digest(folder / "pipeline" / "transformer"))
@@ -282,19 +316,14 @@ def codes_of(folders: Iterable[Path]) -> list[str]:
 
 
 def training_job(name: str, words: list[str], folder: Path) -> Job:
-    """Start or go on with the run in `folder`."""
+    """Start the run in `folder`, or go on with it."""
     code = Path(f"{folder}.code")
     codes = codes_of([folder]) if folder.exists() else []
     if folder.exists() and not codes and not checkpoint_folders(folder / "checkpoints"):
         raise FileExistsError(f"{folder} was not made by this comparison: move it away, or name another `--out`.")
     code.parent.mkdir(parents=True, exist_ok=True)
     write_text(code, "\n".join(dict.fromkeys([*codes, code_digest()])))
-    if checkpoint_folders(folder / "checkpoints"):
-        words = [*words, "--resume", "latest"]
-    elif folder.exists():
-        print(f"{name} was cut off before its first checkpoint: deleting {folder}, starting again")
-        shutil.rmtree(folder)
-    return script_job(name, "train.py", words, folder)
+    return script_job(name, "train.py", [*words, "--resume", "auto"], folder)
 
 
 def evaluation_job(name: str, options: dict, folder: Path, cores: Sequence[str] = ()) -> Job:
@@ -318,17 +347,17 @@ def script_job(name: str, script: str, words: list[str], folder: Path) -> Job:
 def run_all(jobs: list[Job], parallel: int, what: str, gpus: Sequence[str] = ()):
     """Run all jobs, `parallel` at a time, each on one of `gpus` where there are several: on the one with fewest.
 
+    Each has a session of its own, so that a signal for this process and its group reaches a job once, from here.
+
     Raises:
         RuntimeError: if one fails; the others that run are stopped.
-        SystemExit: on SIGTERM, which would otherwise leave the runs behind.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, when the jobs that run have saved and ended.
     """
-
-    def leave(number: int, frame):
-        raise SystemExit("stopped: the same command goes on where its runs have stopped")
-
     waiting, running = list(jobs), {}
     progress = tqdm(total=len(jobs), desc=what, unit="run")
-    handler = signal.signal(signal.SIGTERM, leave)
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    signals = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # by `nohup`
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in signals}
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -338,7 +367,9 @@ def run_all(jobs: list[Job], parallel: int, what: str, gpus: Sequence[str] = ())
                 gpu = min(gpus, key=taken.count) if len(gpus) > 1 else None
                 environment = None if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
                 with open(job.log, "a", encoding="utf-8") as log:
-                    process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                    process = subprocess.Popen(
+                        job.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                    )
                 running[job.name] = job, process, gpu
             for job, process, _ in list(running.values()):
                 if process.poll() is None:
@@ -354,11 +385,22 @@ def run_all(jobs: list[Job], parallel: int, what: str, gpus: Sequence[str] = ())
             time.sleep(0.2)
     finally:
         progress.close()
-        for _, process, _ in running.values():
-            process.terminate()
-        for _, process, _ in running.values():
+        stop([process for _, process, _ in running.values()])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def stop(processes: Sequence[subprocess.Popen]):
+    """Ask runs, once, to save and leave, and wait for them. A signal while it waits ends them at once."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
             process.wait()
-        signal.signal(signal.SIGTERM, handler)
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
 
 
 # -- the script -------------------------------------------------------------------------------------------------------
@@ -381,6 +423,8 @@ def main(arguments: list[str] | None = None):
         run(options)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on where its runs have stopped") from None
 
 
 def run(options: argparse.Namespace):
@@ -406,6 +450,7 @@ def run(options: argparse.Namespace):
     sizes = ModelSizes(comparison.config(comparison.baseline))
     comparison = matched(comparison, sizes)
     print(sizes_table(comparison, sizes))
+    refuse_few_images(sizes, configs[0])
 
     # All arms of a seed first: what is cut off is still paired.
     keys = [(arm, seed) for seed in comparison.seeds for arm in comparison.arms]
@@ -418,8 +463,9 @@ def run(options: argparse.Namespace):
 
     report = options.out / "some_arms" if options.arms else options.out
     refuse_to_overwrite(report, list(comparison.arms))
-    for (arm, seed), folder in folders.items():
-        refuse_other_options(f"{arm} with seed {seed}", folder, parse_config(training[arm, seed]))
+    names = {(arm, seed): f"{arm} with seed {seed}" for arm, seed in keys}
+    for key, folder in folders.items():
+        refuse_other_options(names[key], folder, parse_config(training[key]))
 
     def trained(key) -> bool:
         return is_trained(folders[key], steps)
@@ -429,6 +475,8 @@ def run(options: argparse.Namespace):
 
     for key in filter(trained, keys):  # what cannot be compared is told before anything is trained
         read_run(folders[key], comparison.weights, evaluated=False, measure=comparison.measure)
+    is_complete = options.report_only or all(map(trained, keys))
+    refuse_other_content({names[key]: folders[key] for key in keys}, None if is_complete else sizes.fingerprints)
     if options.report_only:
         seeds = [seed for seed in comparison.seeds if all(finished((arm, seed)) for arm in comparison.arms)]
         if len(seeds) < 2:
@@ -438,7 +486,6 @@ def run(options: argparse.Namespace):
         done = sum(map(finished, keys))
         if done:
             print(f"{done} of {len(keys)} runs were finished before")
-        names = {(arm, seed): f"{arm} with seed {seed}" for arm, seed in keys}
         cores, gpus = part_of_cores(options.parallel), gpu_names()
         jobs = [training_job(names[key], [*cores, *training[key]], folders[key]) for key in keys if not trained(key)]
         run_all(jobs, options.parallel, "training", gpus)

@@ -12,6 +12,7 @@ from freqgate_dit.training.conditions import load_condition
 from freqgate_dit.training.config import TrainingRun
 from freqgate_dit.training.data import load_images
 from freqgate_dit.training.latents import estimated_statistics, load_vae, sample_shape
+from freqgate_dit.training.resume import fingerprints_of
 from freqgate_dit.training.schedules import make_objective, make_scheduler, tell_spectrum
 from freqgate_dit.training.shares import ViewShares
 
@@ -29,10 +30,12 @@ class ModelSizes:
     """
 
     def __init__(self, config: TrainingRun):
-        self.images, _ = load_images(config.data, config.latents.cache_dir)
+        self.images, self.heldout = load_images(config.data, config.latents.cache_dir)
         self.resolution, names = self.images.resolution, self.images.class_names
-        self.condition = load_condition(config.condition, names, torch.device("cpu")).model_arguments()
+        condition = load_condition(config.condition, names, torch.device("cpu"))
+        self.condition = condition.model_arguments()
         self.vae = load_vae(config.latents)
+        self.fingerprints = fingerprints_of((self.images, self.heldout), self.vae, condition)
         self.statistics: dict[bool, SpectrumStatistics] = {}
 
     def __call__(self, config: TrainingRun, names: Iterable[str] = tuple(COUNTS)) -> dict[str, int]:

@@ -40,7 +40,8 @@ def read_run(folder: Path, weights: str, evaluated: bool, measure: str = "own") 
         )
     if None in measured[-1]["loss_by_timestep"]:
         raise ValueError(
-            f"`num_validation_images`: {folder} has noise levels without images, which cannot be compared: raise it."
+            f"{folder} has noise levels without held-out images, which cannot be compared: it takes "
+            f"{len(measured[-1]['loss_by_timestep'])} or more (`num_validation_images`, and the data's held-out part)."
         )
     return {
         "steps": [record["step"] for record in records],

@@ -1,13 +1,30 @@
 """Resuming goes on with the same run, or refuses."""
 
 import dataclasses
+from collections.abc import Sequence
 
+import torch
+
+from freqgate_dit.training.conditions import Condition
 from freqgate_dit.training.config import TrainingRun, default_values
+from freqgate_dit.training.data import LabelledImages
+from freqgate_dit.training.latents import weights_fingerprint
 
 
 FIXED_SECTIONS = ("data", "model", "condition", "objective")
 # Names of things whose content is compared, wherever they lie now.
 BY_CONTENT = ("dataset", "dataset_revision", "text_encoder", "tokenizer")
+
+
+def fingerprints_of(
+    parts: Sequence[LabelledImages], vae: torch.nn.Module | None, condition: Condition
+) -> dict[str, str | None]:
+    """Of what a run reads: option -> digest of the content, wherever it lies."""
+    return {
+        "dataset": " ".join(part.fingerprint for part in parts),
+        "vae": None if vae is None else weights_fingerprint(vae),
+        "text_encoder": condition.fingerprint(),
+    }
 
 
 def refuse_other_run(

@@ -24,8 +24,9 @@ class StopRequest:
     """A context inside which Ctrl-C, SIGTERM, SIGHUP (a dropped connection) and SIGUSR1 (what SLURM's `--signal` is
     usually set to) ask the run to stop instead of ending the process, which is said at once.
 
-    A second Ctrl-C or SIGTERM ends a single process at once. With several, the launcher repeats the terminal's signal
-    to each of them, so a second one means nothing. Under `nohup`, where SIGHUP is ignored, it stays so.
+    A second Ctrl-C ends a single process at once. With several, the launcher repeats the terminal's signal to each of
+    them, so a second one means nothing; nor does a second SIGTERM, which queues send again before they kill. Under
+    `nohup`, where SIGHUP is ignored, it stays so.
     """
 
     SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -63,7 +64,6 @@ class StopRequest:
             _leave_lost_terminal()
         if alone:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def agreed(self, step: int) -> bool:
         """Whether the run stops after `step`. The same answer in every process, whichever was asked."""

@@ -56,7 +56,6 @@ from freqgate_dit.training.latents import (
     load_vae,
     sample_shape,
     scale_warning,
-    weights_fingerprint,
 )
 from freqgate_dit.training.launching import resume_command, start_accelerator
 from freqgate_dit.training.lock import lock, unlock_all
@@ -67,7 +66,7 @@ from freqgate_dit.training.preflight import check_disk, gib, refuse_other_folder
 from freqgate_dit.training.previews import preview_grid
 from freqgate_dit.training.publishing import training_summary, write_pipeline
 from freqgate_dit.training.pushes import Pushes
-from freqgate_dit.training.resume import refuse_other_run
+from freqgate_dit.training.resume import fingerprints_of, refuse_other_run
 from freqgate_dit.training.schedules import (
     is_spread,
     learning_rate,
@@ -125,7 +124,7 @@ class Trainer:
         self.repo_id = self._prepare_repository()
         self.data_sets = images, heldout_images
         self.step = 0
-        self.fingerprints = self._fingerprints(images, heldout_images)
+        self.fingerprints = fingerprints_of(self.data_sets, self.vae, self.condition)
         self.averages = WeightAverages(self.model, train.ema)
         self.optimizer = make_optimizer(self.model, train)
         self.guard = UpdateGuard(self.optimizer, self.device, train.max_skipped_steps)
@@ -164,14 +163,6 @@ class Trainer:
         self.print(f"data set {self.config.data.dataset}{note}, made {images.resolution} px by --resolution")
         self.print(describe(images, heldout_images))
         return images, heldout_images
-
-    def _fingerprints(self, *parts: LabelledImages) -> dict[str, str | None]:
-        """Of what this run reads: option -> digest of the content, wherever it lies."""
-        return {
-            "dataset": " ".join(part.fingerprint for part in parts),
-            "vae": None if self.vae is None else weights_fingerprint(self.vae),
-            "text_encoder": self.condition.fingerprint(),
-        }
 
     def _refuse_untrained_guidance(self):
         scale = self.config.sampling.guidance_scale

@@ -21,6 +21,9 @@ from freqgate_dit.training.batches import VALIDATION, derived_seed
 from freqgate_dit.training.latents import CachedLatents
 
 
+NUM_BINS = 10
+
+
 def noise_error_weights(scheduler) -> torch.Tensor:
     """What a squared error of the prediction is as one of the noise, at each timestep: `(T,)` float64 on the CPU.
 
@@ -166,7 +169,7 @@ class Validation:
         process: int = 0,
         num_processes: int = 1,
         null_label: int | None = None,
-        num_bins: int = 10,
+        num_bins: int = NUM_BINS,
     ):
         self.num_timesteps = scheduler.config.num_train_timesteps
         if null_label is not None and data.labels is None:
