@@ -98,7 +98,7 @@ def test_patience_ends_the_run_and_says_what_to_do():
         training.guard.stop_if_lost(7, 0.01)
     message = str(stop.value)
     assert "3 steps in a row" in message and "step 7" in message
-    assert "`learning_rate` (0.01)" in message and "`--resume latest`" in message and "`qk_norm`" in message
+    assert "`learning_rate` (0.01)" in message and "`--resume auto`" in message and "`qk_norm`" in message
 
 
 # -- SpikeDetector ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from freqgate_dit.samplers import SAMPLERS, describe_sampler, make_sampler
 from freqgate_dit.shapes_textures import ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics
 from freqgate_dit.training import posthoc_ema
+from freqgate_dit.training.batches import Batches
 from freqgate_dit.training.config import ObjectiveConfig, parse_config
 from freqgate_dit.training.data import load_images
 from freqgate_dit.training.schedules import make_sampling_scheduler, make_scheduler
@@ -246,14 +247,14 @@ def test_lost_weights_are_neither_saved_nor_published(tmp_path, options):
     """A learning rate that loses the weights in the first step: from the second on no gradient is finite."""
     message = refusal(options(max_steps=6, learning_rate=1e30, log_every=1000, save_every=2))
     assert "step 6 is not saved: its gradient is not finite, nor is the held-out loss" in message
-    assert "--resume latest" in message
+    assert "No step was saved" in message and "--resume auto" in message
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "pipeline").exists()
 
 
 def test_a_run_whose_gradient_stays_lost_ends(tmp_path, options):
     message = refusal(options(max_steps=60, learning_rate=1e30, log_every=5, save_every=2, max_skipped_steps=7))
     assert "not finite in 9 steps in a row, seen at step 10" in message
-    assert "`learning_rate` (1e+30)" in message and "--resume latest" in message and "`qk_norm`" in message
+    assert "`learning_rate` (1e+30)" in message and "--resume auto" in message and "`qk_norm`" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert [line["train/skipped_steps"] for line in metrics(tmp_path / "run") if "train/lr" in line] == [4, 9]
 
@@ -555,6 +556,36 @@ def test_a_job_that_is_started_again_and_again(tmp_path, options):
     for path in checkpoints.iterdir():
         (path / "manifest.json").unlink()
     assert "no complete checkpoint" in refusal(options(max_steps=6, resume="auto"))
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_can_be_started_again(tmp_path, options):
+    """By what its message says, whichever way one tries first."""
+    lost = refusal(options(max_steps=3, learning_rate=1e30, log_every=1, max_skipped_steps=1))
+    for message in (lost, refusal(options(max_steps=3)), refusal(options(max_steps=3, resume="latest"))):
+        assert "`--resume auto`" in message
+    main(options(max_steps=3, resume="auto"))
+    assert metrics(tmp_path / "run")[-1]["step"] == 3 and all(
+        "train/lr" in line for line in metrics(tmp_path / "run")[1:2]
+    )
+
+
+def test_another_length_is_refused_below_the_checkpoint_and_told_above(tmp_path, options, capsys):
+    main(options(max_steps=4, lr_schedule="cosine", log_every=1))
+    message = refusal(options(max_steps=3, resume="latest"))
+    assert "`max_steps` (3) ends the run at step 3" in message and "step_00000004" in message
+    capsys.readouterr()
+    main(options(max_steps=8, lr_schedule="cosine", log_every=1, resume="latest"))
+    printed = capsys.readouterr().out
+    rates = [line["train/lr"] for line in metrics(tmp_path / "run") if "train/lr" in line]
+    assert f"goes on at {rates[4]:.3g} after {rates[3]:.3g}" in printed and "had 4 steps and now has 8" in printed
+
+
+def test_out_of_memory_names_the_options_that_take_less(options, monkeypatch):
+    monkeypatch.setattr(Batches, "draw", lambda self, step: torch.empty(2**55))  # more than there are addresses for
+    message = refusal(options())
+    assert "can't allocate memory" in message and "`per_device_batch_size` below 8" in message
+    for option in ("gradient_accumulation_steps", "--gradient_checkpointing true", "--data_on_device false"):
+        assert f"`{option}`" in message
 
 
 def test_what_resume_refuses(tmp_path, options):

@@ -51,7 +51,7 @@ class UpdateGuard:
             raise FloatingPointError(
                 f"the gradient was not finite in {longest} steps in a row, seen at step {step}. They were skipped and "
                 f"not saved: lower `learning_rate` ({learning_rate:g}) and go on from the newest checkpoint with "
-                "`--resume latest`, or start anew with `qk_norm`."
+                "`--resume auto`, or start anew with `qk_norm`."
             )
 
 

@@ -65,7 +65,7 @@ def _mixed_precision(choice: str) -> str:
     return "bf16" if bf16_is_fast(device) else "no"
 
 
-def resume_command(accelerator: Accelerator, output_dir: Path) -> str:
+def resume_command(accelerator: Accelerator, output_dir: Path, resume: str) -> str:
     """The command that goes on with the run, launched as it was. (Of several machines, this one's part.)"""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     script = f"-m {module.name}" if module is not None else shlex.quote(sys.argv[0])
@@ -78,4 +78,4 @@ def resume_command(accelerator: Accelerator, output_dir: Path) -> str:
             launcher += f" --num_machines {machines} --machine_rank RANK --main_process_ip ADDRESS"
         if accelerator.device.type == "cpu":
             launcher = f"ACCELERATE_USE_CPU=true {launcher}"
-    return f"{launcher} {script} --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume latest"
+    return f"{launcher} {script} --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume {resume}"

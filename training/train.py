@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 
@@ -112,7 +113,7 @@ class Trainer:
         self.can_guide = not self.condition.is_none and config.objective.class_dropout_prob > 0
         self._refuse_untrained_guidance()
         self.vae = load_vae(config.latents)
-        self.total_steps = train.max_steps or math.ceil(train.num_epochs * len(images) / self.global_batch_size)
+        self.total_steps = self._steps(train.max_steps, train.num_epochs, len(images))
         self.checkpoint = self._find_checkpoint()
         self._build_model()
         self._describe(len(images))
@@ -163,6 +164,9 @@ class Trainer:
         self.print(f"data set {self.config.data.dataset}{note}, made {images.resolution} px by --resolution")
         self.print(describe(images, heldout_images))
         return images, heldout_images
+
+    def _steps(self, max_steps: int | None, num_epochs: int | None, num_images: int) -> int:
+        return max_steps or math.ceil(num_epochs * num_images / self.global_batch_size)
 
     def _refuse_untrained_guidance(self):
         scale = self.config.sampling.guidance_scale
@@ -277,9 +281,30 @@ class Trainer:
                 f"  note: it was trained with `per_device_batch_size` {before}. With {size} the views have other "
                 "shares of a batch, so noise levels will be others than there: as good, but not the same run"
             )
+        self._compare_lengths(name, state["config"])
         later = [path.name for path in checkpoint_folders(self.output_dir / "checkpoints") if path.name > name]
         if later:
             self.print(f"  the first save deletes what lies beyond it: {', '.join(later)}")
+
+    def _compare_lengths(self, name: str, before: dict):
+        """Refuse to end before the checkpoint `name`, and tell what another length does to the learning rate."""
+        train, total = self.config.train, self.total_steps
+        option = "max_steps" if train.max_steps else "num_epochs"
+        if self.step > total:
+            raise ValueError(
+                f"`{option}` ({getattr(train, option)}) ends the run at step {total}, and the checkpoint {name} is "
+                f"beyond that: raise it to go on, or name an earlier checkpoint, if one is kept, as `--resume FOLDER`."
+            )
+        total_before = self._steps(before["max_steps"], before["num_epochs"], len(self.data_sets[0]))
+        if total_before != total and train.lr_schedule != "constant" and self.step < total:
+            last, next_ = (
+                learning_rate(train, step, steps)
+                for step, steps in ((self.step - 1, total_before), (self.step, total))
+            )
+            self.print(
+                f"  note: the learning rate goes on at {next_:.3g} after {last:.3g}, because `lr_schedule` "
+                f"{train.lr_schedule} is laid over the whole run, which had {total_before} steps and now has {total}"
+            )
 
     def _encode(self, images: LabelledImages, heldout_images: LabelledImages):
         config, accelerator = self.config, self.accelerator
@@ -572,9 +597,11 @@ class Trainer:
         if self.pushes:  # last, as the other processes must not wait for the network
             self.finish_pushes(finished)
         unlock_all()
-        again = resume_command(self.accelerator, self.output_dir)
+        has_checkpoint = checkpoint_folders(self.output_dir / "checkpoints")
+        again = resume_command(self.accelerator, self.output_dir, "latest" if has_checkpoint else "auto")
         if self.unsaved:
-            raise CheckpointError(f"{self.unsaved}. Go on from the newest checkpoint with:\n  {again}")
+            where = "Go on from the newest checkpoint" if has_checkpoint else "No step was saved: start again"
+            raise CheckpointError(f"{self.unsaved}. {where} with:\n  {again}")
         if not finished:
             self.print(f"\nstopped and saved at step {self.step} of {self.total_steps}; go on with:\n  {again}")
 
@@ -645,10 +672,26 @@ def main(arguments: list[str] | None = None):
             trainer.train()
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise SystemExit(f"error: {out_of_memory(config, error)}") from error
     except KeyboardInterrupt:
         raise SystemExit("stopped at once; what was saved and encoded so far is kept") from None
     finally:
         unlock_all()
+
+
+def out_of_memory(config: TrainingRun, error: RuntimeError) -> str:
+    """What failed, and the options that lower it, those first that change no number of the run."""
+    train, what = config.train, str(error).splitlines()[0]
+    checkpointing = "" if train.gradient_checkpointing else "`--gradient_checkpointing true` (slower), or "
+    return (
+        f"out of memory ({what}). {checkpointing}`per_device_batch_size` below {train.per_device_batch_size} and "
+        f"`gradient_accumulation_steps` as many times above {train.gradient_accumulation_steps} train the same with "
+        "less; `--data_on_device false` leaves the images off the GPU; a smaller model or `resolution` is another "
+        "run. What was saved is kept: add `--resume auto`."
+    )
 
 
 if __name__ == "__main__":
