@@ -145,6 +145,7 @@ class _Card:
             "data": training and training["data"],
             "configured_data": self.configured_data(),
             "heldout": training["heldout"] if self.heldout_losses() else None,
+            "validated_on": self.validated_on,
             "measured_rows": self.measured_rows(),
             "findings_rows": self.findings_rows(),
             "has_distance": self.has_distance(),
@@ -326,12 +327,18 @@ class _Card:
             return []
         parts = {"loss": "", "loss_null": ", without the condition", "loss_at_start": AT_START}
         known = {part: heldout[key] for key, part in parts.items() if heldout[key] is not None}
-        return [(f"held-out loss, {heldout['prediction_type']}{part}", loss) for part, loss in known.items()]
+        name = "loss on training images" if self.validated_on == "training" else "held-out loss"
+        return [(f"{name}, {heldout['prediction_type']}{part}", loss) for part, loss in known.items()]
+
+    @property
+    def validated_on(self) -> str:
+        """Of which images the trainer's validation was: of the training images where none are held out."""
+        return "held-out" if not self.training or self.training["data"]["heldout_images"] else "training"
 
     def measured_rows(self) -> list[tuple[str, str, str, str]]:
         rows = []
         for name, loss in self.heldout_losses():
-            rows.append((name, plain(loss), escape(self.training["data"]["name"]), "held-out"))
+            rows.append((name, plain(loss), escape(self.training["data"]["name"]), self.validated_on))
         for evaluation in self.summary.evaluations.values():
             data = escape(evaluation.dataset["name"]), escape(evaluation.dataset["split"])
             rows += [(escape(metric["name"]), metric_text(metric), *data) for metric in evaluation.metrics]
@@ -346,7 +353,7 @@ class _Card:
         results = []
         for name, loss in self.heldout_losses():
             if not name.endswith(AT_START):
-                dataset = {**self.training["data"], "split": "held-out"}
+                dataset = {**self.training["data"], "split": self.validated_on}
                 results.append(self.eval_result(dataset, {"name": name, "type": "mse", "value": loss}))
         for evaluation in self.summary.evaluations.values():
             results += [self.eval_result(evaluation.dataset, metric) for metric in evaluation.metrics]

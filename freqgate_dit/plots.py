@@ -21,18 +21,21 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **k
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
-def loss_curves(series: dict[str, list[tuple[int, float]]], label_entropy: float | None = None):
+def loss_curves(
+    series: dict[str, list[tuple[int, float]]], label_entropy: float | None = None, validated_on: str = "held-out"
+):
     """Training loss, validation loss of raw and averaged weights, and how much the condition tells, over steps.
 
     Args:
         series: name -> `[(step, value), ...]`, as in `metrics.jsonl`. The panel of the condition is left out without
             "val_ema/information_nats".
         label_entropy: in nats, the most that a condition can tell; drawn as a line.
+        validated_on: of which images the validation losses are.
     """
     informed = "val_ema/information_nats" in series
     figure, panels = new_figure(13.5 if informed else 9, 3.6, columns=3 if informed else 2)
-    _draw_losses(panels[0], series)
-    _draw_timestep_losses(panels[1], series)
+    _draw_losses(panels[0], series, validated_on)
+    _draw_timestep_losses(panels[1], series, validated_on)
     if informed:
         _draw_information(panels[2], series, label_entropy)
     for axes in panels:
@@ -52,12 +55,12 @@ def _label_log_scale(axes):
     axes.tick_params(axis="y", which="minor", labelsize=7)
 
 
-def _draw_losses(axes, series: dict):
+def _draw_losses(axes, series: dict, validated_on: str):
     curves = (
         ("train/mse", "training, at its own timesteps", PALETTE[5], "-"),
-        ("val_raw/loss", "held-out (uniform timesteps), raw weights", PALETTE[0], "-"),
-        ("val_ema/loss", "held-out, averaged weights", PALETTE[1], "-"),
-        ("val_ema/null_loss", "held-out, averaged weights, null condition", PALETTE[6], ":"),
+        ("val_raw/loss", f"{validated_on} images, uniform timesteps, raw weights", PALETTE[0], "-"),
+        ("val_ema/loss", f"{validated_on} images, averaged weights", PALETTE[1], "-"),
+        ("val_ema/null_loss", f"{validated_on} images, averaged weights, null condition", PALETTE[6], ":"),
     )
     for name, label, colour, style in curves:
         if name in series:
@@ -66,7 +69,7 @@ def _draw_losses(axes, series: dict):
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_timestep_losses(axes, series: dict):
+def _draw_timestep_losses(axes, series: dict, validated_on: str):
     """A line per timestep bin, coloured by its place in the schedule."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm
@@ -76,7 +79,7 @@ def _draw_timestep_losses(axes, series: dict):
         if match := re.fullmatch(r"val_ema/loss_t(\d+)of(\d+)", name):
             index, num_bins = map(int, match.groups())
             names[index] = name
-    axes.set_title("Held-out, averaged weights, by timestep")
+    axes.set_title(f"{validated_on.capitalize()} images, averaged weights, by timestep")
     if not names:
         return
     edges = np.linspace(0, 1, num_bins + 1)

@@ -260,7 +260,8 @@ class PipelineSummary:
             return rows
         losses = {"": "loss", " at the start": "loss_at_start", " without the condition": "loss_null"}
         known = [f"{plain(heldout[key])}{name}" for name, key in losses.items() if heldout[key] is not None]
-        return rows + [("held-out loss", f"{', '.join(known)} ({heldout['prediction_type']})")] * bool(known)
+        name = "held-out loss" if data["heldout_images"] else "loss on training images"
+        return rows + [(name, f"{', '.join(known)} ({heldout['prediction_type']})")] * bool(known)
 
     def _describe_evaluations(self) -> list[tuple[str, str]]:
         rows = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from components import assert_same_tensors, tiny_text_encoder, tiny_tokenizer, tiny_vae_kl, tiny_vae_tiny
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import ROOT, TINY, is_drawn, metrics, photos, refusal, reset_accelerate, run, state, train
@@ -18,6 +19,7 @@ from freqgate_dit import VARIANTS, FreqGateDiTPipeline
 from freqgate_dit.samplers import SAMPLERS, describe_sampler, make_sampler
 from freqgate_dit.shapes_textures import ShapesTextures
 from freqgate_dit.spectral import SpectrumStatistics
+from freqgate_dit.summary import read_summary
 from freqgate_dit.training import posthoc_ema
 from freqgate_dit.training.batches import Batches
 from freqgate_dit.training.config import ObjectiveConfig, parse_config
@@ -187,6 +189,33 @@ def test_a_text_encoder_that_gives_nan_is_named(tmp_path, options, animals, text
     model.save_pretrained(folder)
     changes = on_animals(animals, condition="text", text_encoder=folder)
     assert "`text_encoder`" in (message := refusal(options(**changes))) and "NaN" in message
+
+
+@pytest.mark.parametrize("one_image", [False, True])
+def test_without_a_held_out_part_validation_is_on_training_images_and_says_so(
+    one_image, tmp_path, options, animals, capsys, monkeypatch
+):
+    """Training on everything, and the usual first check: to overfit one image, of which nothing varies."""
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: titles.extend(a.get_title() for a in self.axes))
+    changes = {"max_steps": 30, "learning_rate": 1e-2, "variant": "adaln_zero", "preconditioning": "wiener"}
+    if one_image:
+        (tmp_path / "one").mkdir()
+        shutil.copy(animals / "cat" / "0.png", tmp_path / "one")
+        data = on_animals(tmp_path / "one", heldout_per_class=None)
+    else:
+        data = on_animals(animals, heldout_per_class=0)
+    main(options(**data, **changes))
+    printed = capsys.readouterr().out
+    assert "`heldout_fraction`" in printed and "step 30: loss on training images" in printed
+    losses = [line["val_raw/loss"] for line in metrics(tmp_path / "run") if "val_raw/loss" in line]
+    assert losses[-1] < (0.8 if one_image else 1) * losses[0]
+    assert "Training images, averaged weights, by timestep" in titles
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    count, name = (1, "one") if one_image else (18, "photos")
+    assert f"{name}: {count} training and 0 held-out images" in card and "loss on training images" in card
+    assert "eld-out loss" not in card and "eld-out error" not in card
+    assert "loss on training images" in read_summary(tmp_path / "run" / "pipeline").describe()
 
 
 def test_bf16_keeps_weights_in_float32(tmp_path, options):
@@ -712,12 +741,6 @@ def test_resolution_must_fit_autoencoder_and_patch(tmp_path, options, animals):
     tiny_vae_kl().save_pretrained(tmp_path / "vae")
     message = refusal(options(**on_animals(animals, vae=tmp_path / "vae", patch_size=2, resolution=18)))
     assert all(word in message for word in ("`resolution`", "18", "multiple of 4", "factor 2", "`patch_size` 2"))
-
-
-@pytest.mark.parametrize("rule", [{"heldout_fraction": 0, "heldout_per_class": None}, {"heldout_per_class": 0}])
-def test_validation_needs_held_out_images(rule, options, animals):
-    message = refusal(options(**on_animals(animals, **rule)))
-    assert "heldout_fraction" in message and "heldout_per_class" in message
 
 
 def test_classes_must_exist_for_a_class_condition(options, tmp_path, animals):

@@ -390,7 +390,10 @@ def data_statistics(data: CachedLatents, num_samples: int = 4096, batch_size: in
     statistics = SpectrumStatistics()
     for part in indices.split(batch_size):
         flip = torch.rand(len(part), generator=generator, device=data.device)
-        statistics.update(data.draw(part, flip, generator)[0])
+        samples = data.draw(part, flip, generator)[0]
+        statistics.update(samples)
+    if not statistics.power.any():  # one image, or equal ones: their spectrum is about zero, not about their mean
+        statistics.update(-samples)
     return statistics
 
 

@@ -42,16 +42,24 @@ class Logbook:
         step: where the run stands.
         total_steps: where it ends.
         terms: names of the loss terms, in the order of a report's columns.
+        validated_on: of which images the validation is, "held-out" or "training".
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainingRun, step: int, total_steps: int, terms: tuple[str, ...]
+        self,
+        accelerator: Accelerator,
+        config: TrainingRun,
+        step: int,
+        total_steps: int,
+        terms: tuple[str, ...],
+        validated_on: str,
     ):
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.output_dir = Path(config.train.output_dir)
         self.total_steps = total_steps
         self.terms = terms
+        self.validated_on = validated_on
         self.spikes = SpikeDetector()
         self.watch = Stopwatch()
         if self.is_main:
@@ -167,7 +175,7 @@ class Logbook:
         if self.is_main:
             with self.spare("validation.jsonl", step):
                 self.validations.add(step, {name: result.to_json() for name, result in results.items()})
-        self.tell(validation_line(step, raw, averaged))
+        self.tell(validation_line(step, raw, averaged, self.validated_on))
 
     def draw(self, step: int):
         """loss.png, and validation.png of the newest validation."""
@@ -176,9 +184,10 @@ class Logbook:
         with self.spare("the curves", step):
             newest = self.validations.records()[-1:]
             entropy = newest[0]["ema"]["label_entropy"] if newest else None
-            plots.loss_curves(self.metrics.series(), entropy).savefig(self.output_dir / "loss.png")
+            curves = plots.loss_curves(self.metrics.series(), entropy, self.validated_on)
+            curves.savefig(self.output_dir / "loss.png")
             if newest:
-                title = f"step {newest[0]['step']}, averaged weights"
+                title = f"step {newest[0]['step']}, averaged weights, {self.validated_on} images"
                 plots.validation_heatmap(newest[0]["ema"], title).savefig(self.output_dir / "validation.png")
 
 
@@ -276,9 +285,10 @@ def progress_line(values: dict[str, float], seconds_left: float) -> str:
     return "  ".join(parts)
 
 
-def validation_line(step: int, raw, averaged) -> str:
-    """The held-out loss of raw and averaged weights, and what the condition tells the averaged model."""
-    line = f"step {step}: held-out loss {raw.loss:.4f}, averaged weights {averaged.loss:.4f}"
+def validation_line(step: int, raw, averaged, validated_on: str = "held-out") -> str:
+    """The validation loss of raw and averaged weights, and what the condition tells the averaged model."""
+    name = "held-out loss" if validated_on == "held-out" else f"loss on {validated_on} images"
+    line = f"step {step}: {name} {raw.loss:.4f}, averaged weights {averaged.loss:.4f}"
     if averaged.null_loss is not None:
         spread = f" +- {averaged.information_se:.1f}" if math.isfinite(averaged.information_se) else ""
         line += (

@@ -155,14 +155,14 @@ class Trainer:
         index_dir = None if self.config.train.dry_run else self.config.latents.cache_dir
         with self.accelerator.local_main_process_first():  # it reads every image; the others take its index
             images, heldout_images = load_images(self.config.data, index_dir)
-        if not len(heldout_images):
-            raise ValueError(
-                "no image is held out, so there is nothing to validate on: set `heldout_fraction` (say 0.1) or "
-                "`heldout_per_class` above 0."
-            )
         note = " (built in; train on your own with --dataset FOLDER)" if self.config.data.dataset == BUILT_IN else ""
         self.print(f"data set {self.config.data.dataset}{note}, made {images.resolution} px by --resolution")
         self.print(describe(images, heldout_images))
+        if not len(heldout_images):
+            self.print(
+                "note: no image is held out (`heldout_fraction`, `heldout_per_class`): validation is on the training "
+                "images, and says how well they are fitted, not what the model makes of others"
+            )
         return images, heldout_images
 
     def _steps(self, max_steps: int | None, num_epochs: int | None, num_images: int) -> int:
@@ -309,7 +309,7 @@ class Trainer:
     def _encode(self, images: LabelledImages, heldout_images: LabelledImages):
         config, accelerator = self.config, self.accelerator
         train_cache = LatentCache(images, self.vae, config.data.horizontal_flip, config.latents.cache_dir)
-        heldout_cache = LatentCache(heldout_images, self.vae, False, config.latents.cache_dir)
+        heldout_cache = LatentCache(heldout_images or images, self.vae, False, config.latents.cache_dir)
         # The processes of a machine share the work; each machine may have a disk of its own.
         share = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         for cache in (train_cache, heldout_cache):
@@ -354,7 +354,10 @@ class Trainer:
             refuse_other_folder(self.output_dir, self.config.train.resume)  # one that came first may have ended
             replace_file(self.output_dir / "config.yaml", self.config.save)
         self.accelerator.wait_for_everyone()
-        self.logbook = Logbook(self.accelerator, self.config, self.step, self.total_steps, self.objective.names)
+        validated_on = "held-out" if len(self.data_sets[1]) else "training"
+        self.logbook = Logbook(
+            self.accelerator, self.config, self.step, self.total_steps, self.objective.names, validated_on
+        )
         self.pushes = None
         if self.repo_id:
             self.pushes = Pushes(self.repo_id, self.output_dir / "pushing", self.total_steps, self.logbook.tell)
