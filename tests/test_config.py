@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from freqgate_dit.training.config import (
+    HABITS,
     LOCAL,
     SECTIONS,
     LatentConfig,
@@ -267,6 +268,14 @@ def test_unknown_keys(tmp_path):
     retired = refusal(["--config", write(tmp_path, "timestep_spacing: trailing")])
     assert "'timestep_spacing' in" in retired and "give `sampler` in its place, euler for trailing" in retired
     assert "unknown configuration key 3" in refusal(["--config", write(tmp_path, "3: 4")])
+
+
+def test_names_from_elsewhere_get_a_sentence_with_ours(tmp_path):
+    assert set(HABITS.values()) <= field_types().keys() and not HABITS.keys() & field_types().keys()
+    for words in (["--train_batch_size=8"], ["--train_batch_size", "8"], ["--train-batch-size", "8"]):
+        message = refusal(["--max_steps", "1", *words])
+        assert "'train_batch_size' in the command line is `per_device_batch_size` here: Images per process" in message
+    assert "run.yaml is `resume` here: 'latest'" in refusal(["--config", write(tmp_path, "resume_from_checkpoint: a")])
 
 
 def test_abbreviations_are_not_guessed():

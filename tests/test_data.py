@@ -1041,6 +1041,19 @@ def test_downloaded_hub_data_set_shaped_like_huggan_afhq(tmp_path):
         load(tmp_path / "AFHQ", dataset_split="nonsense")
 
 
+def test_a_configuration_of_a_hub_data_set_is_named(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    for name, count in (("small", 3), ("large", 5)):
+        write_parquet(tmp_path / "set" / f"{name}.parquet", {"image": rows([None] * count), "label": [0] * count})
+    configs = [f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("small", "large")]
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    with pytest.raises(ValueError, match="dataset_config=None.*(?s:.*)small"):
+        load(tmp_path / "set")
+    train, _ = load(tmp_path / "set", dataset_config="large", heldout_per_class=1)
+    assert len(train) == 4
+
+
 def test_hub_set_out_of_reach_is_a_clear_error(tmp_path):
     pytest.importorskip("datasets")
     code = (
@@ -1080,7 +1093,12 @@ def test_options_that_do_not_apply_are_refused(folder):
         load_images(DataConfig(horizontal_flip=True))
     with pytest.raises(ValueError, match="heldout_per_class=3 has no effect on dataset='shapes_textures'"):
         load_images(DataConfig(heldout_per_class=3))
-    for option in ({"dataset_split": "validation"}, {"image_column": "image"}, {"num_images": 5}):
+    for option in (
+        {"dataset_split": "validation"},
+        {"dataset_config": "a"},
+        {"image_column": "image"},
+        {"num_images": 5},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(option))}=.* has no effect"):
             load(folder, **option)
 

@@ -14,7 +14,7 @@ from tiny_runs import ROOT, run
 from freqgate_dit.cost import count_parameters, flops_per_forward
 from freqgate_dit.training.config import TrainConfig
 from freqgate_dit.training.hardware import available_cores, use_all_cores
-from freqgate_dit.training.logbook import JsonLines
+from freqgate_dit.training.logbook import JsonLines, tracker_arguments
 from freqgate_dit.training.schedules import learning_rate
 
 
@@ -100,3 +100,14 @@ print(faults() - before)
     given_back = int(run(sys.executable, "-c", script, PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536").stdout)
     # Every page of ten tensors; and some, as the heap is cut differently and the kernel may reclaim what lies idle.
     assert given_back >= 10 * 2**26 // resource.getpagesize() and kept < given_back / 2
+
+
+def test_a_tracker_goes_on_with_the_run_of_its_folder(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    first = tracker_arguments("wandb", folder, step=0)
+    assert first["name"] == "mine" and first["resume"] == "allow"
+    assert tracker_arguments("wandb", folder, step=5) == first
+    assert tracker_arguments("wandb", folder, step=0)["id"] != first["id"]  # a new run in the same folder
+    assert [tracker_arguments("trackio", folder, step)["resume"] for step in (0, 5)] == ["never", "allow"]
+    assert tracker_arguments("tensorboard", folder, step=5) == {}

@@ -52,9 +52,9 @@ from freqgate_dit.training.validation import NUM_BINS
 
 # With others, held-out errors are not of the same thing.
 SHARED = (
-    "dataset dataset_split dataset_revision image_column label_column world data_seed resolution num_images "
-    "heldout_per_class heldout_fraction vae vae_subfolder vae_revision condition prompt_template text_encoder "
-    "tokenizer num_train_timesteps beta_schedule beta_start beta_end num_validation_images max_steps "
+    "dataset dataset_config dataset_split dataset_revision image_column label_column world data_seed resolution "
+    "num_images heldout_per_class heldout_fraction vae vae_subfolder vae_revision condition prompt_template "
+    "text_encoder tokenizer num_train_timesteps beta_schedule beta_start beta_end num_validation_images max_steps "
     "num_epochs per_device_batch_size gradient_accumulation_steps validate_every seed output_dir"
 ).split()
 

@@ -463,9 +463,58 @@ def default_values() -> dict:
 RETIRED = {"timestep_spacing": "give `sampler` in its place, euler for trailing, source for linspace."}
 
 
+# What diffusers' training scripts, and others, call it -> here.
+HABITS = {
+    "adam_weight_decay": "weight_decay",
+    "batch_size": "per_device_batch_size",
+    "checkpointing_steps": "save_every",
+    "checkpoints_total_limit": "keep_checkpoints",
+    "dataset_config_name": "dataset_config",
+    "dataset_name": "dataset",
+    "ddpm_beta_schedule": "beta_schedule",
+    "ddpm_num_inference_steps": "num_inference_steps",
+    "ddpm_num_steps": "num_train_timesteps",
+    "ema_decay": "ema",
+    "ema_max_decay": "ema",
+    "epochs": "num_epochs",
+    "gradient_clip": "max_grad_norm",
+    "image_size": "resolution",
+    "logger": "report_to",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "max_train_steps": "max_steps",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "per_device_batch_size",
+    "pretrained_model_name_or_path": "init_from",
+    "pretrained_vae_model_name_or_path": "vae",
+    "proportion_empty_prompts": "class_dropout_prob",
+    "random_flip": "horizontal_flip",
+    "resume_from_checkpoint": "resume",
+    "save_images_epochs": "preview_every",
+    "save_model_epochs": "save_every",
+    "save_steps": "save_every",
+    "snr_gamma": "min_snr_gamma",
+    "train_batch_size": "per_device_batch_size",
+    "train_data_dir": "dataset",
+    "use_ema": "ema",
+    "validation_steps": "validate_every",
+    "wandb": "report_to",
+}
+
+
 def check_known(names, where: str):
     known = field_types()
     for name in names:
+        if name in HABITS:
+            ours = HABITS[name]
+            help = next(
+                knob_field.metadata["help"]
+                for section in SECTIONS.values()
+                for knob_field in dataclasses.fields(section)
+                if knob_field.name == ours
+            )
+            raise ValueError(f"{name!r} in {where} is `{ours}` here: {help}")
         if name in RETIRED:
             raise ValueError(f"configuration key {name!r} in {where} is of an earlier version: {RETIRED[name]}")
         if name not in known:

@@ -65,6 +65,9 @@ class DataConfig:
             "glob ending in .parquet), or a Hub data set ('user/name', or its downloaded folder)."
         },
     )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set that has several."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
     image_column: str | None = field(
@@ -113,7 +116,7 @@ class DataConfig:
 
 # Options that only some kinds of data set read: refused elsewhere, because ignoring them would mislead.
 _APPLIES_TO = (
-    (("hub",), ("dataset_split", "dataset_revision")),
+    (("hub",), ("dataset_config", "dataset_split", "dataset_revision")),
     (("parquet", "hub"), ("image_column",)),
     (("folder", "parquet", "hub"), ("label_column", "heldout_per_class", "heldout_fraction", "balance_classes")),
     (("built-in",), ("world", "num_images", "data_seed")),

@@ -297,11 +297,13 @@ def open_hub(config: "DataConfig"):
             f"load: rename the folder, or pass its files ({os.path.join(config.dataset, 'data', '*.parquet')!r})."
         )
     try:
-        return datasets.load_dataset(name, split=config.dataset_split, revision=config.dataset_revision)
+        return datasets.load_dataset(
+            name, config.dataset_config, split=config.dataset_split, revision=config.dataset_revision
+        )
     except Exception as error:  # network, missing, gated, unknown split: many libraries' own errors
         raise ValueError(
             f"dataset={config.dataset!r} is neither a folder of images nor .parquet files, and it could not be loaded "
-            f"as a Hub data set (dataset_split={config.dataset_split!r}, "
+            f"as a Hub data set (dataset_config={config.dataset_config!r}, dataset_split={config.dataset_split!r}, "
             f"dataset_revision={config.dataset_revision!r}): "
             f"{type(error).__name__}: {error}. Check the spelling, the connection and, for a private or gated set, "
             f"`hf auth login`.{_cache_advice(datasets, error)}"

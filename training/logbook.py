@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -18,7 +19,7 @@ from accelerate.tracking import get_available_trackers
 from tqdm.auto import tqdm
 
 from freqgate_dit import plots
-from freqgate_dit.files import read_json_lines, replace_file
+from freqgate_dit.files import read_json_lines, replace_file, write_text
 from freqgate_dit.training.config import TrainingRun
 from freqgate_dit.training.guards import SpikeDetector
 from freqgate_dit.training.validation import ValidationResult
@@ -29,6 +30,24 @@ def check_tracker(name: str):
     choices = ("none", *(tracker.value for tracker in get_available_trackers()))
     if name not in choices:
         raise ValueError(f"`report_to` ({name!r}) is not installed: choose from {choices}.")
+
+
+def tracker_arguments(tracker: str, output_dir: Path, step: int) -> dict:
+    """What wandb or trackio starts with, so that a run there has the name of this one's folder and goes on with it.
+
+    Args:
+        step: where the run stands; at 0 it is a new one.
+    """
+    name = output_dir.resolve().name
+    if tracker == "trackio":
+        return {"name": name, "resume": "allow" if step else "never"}
+    if tracker != "wandb":
+        return {}
+    file = output_dir / "logs" / "wandb_id.txt"  # names are not unique there
+    if not step or not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, uuid.uuid4().hex)
+    return {"name": name, "id": file.read_text(encoding="utf-8"), "resume": "allow"}
 
 
 class Logbook:
@@ -73,7 +92,8 @@ class Logbook:
                 name: value if isinstance(value, (int, float, str)) else str(value)
                 for name, value in config.shareable().to_dict().items()
             }
-            accelerator.init_trackers("freqgate_dit", config=settings)
+            arguments = tracker_arguments(config.train.report_to, self.output_dir, step) if self.is_main else {}
+            accelerator.init_trackers("freqgate_dit", settings, {config.train.report_to: arguments})
         # A bar is for a terminal; log files get lines. (`disable=False` would overrule TQDM_DISABLE.)
         quiet = {"disable": True} if not self.is_main or not sys.stderr.isatty() else {}
         self.bar = tqdm(total=total_steps, initial=step, unit="step", smoothing=0.05, **quiet)

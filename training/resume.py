@@ -13,7 +13,7 @@ from freqgate_dit.training.latents import weights_fingerprint
 
 FIXED_SECTIONS = ("data", "model", "condition", "objective")
 # Names of things whose content is compared, wherever they lie now.
-BY_CONTENT = ("dataset", "dataset_revision", "text_encoder", "tokenizer")
+BY_CONTENT = ("dataset", "dataset_config", "dataset_revision", "text_encoder", "tokenizer")
 
 
 def fingerprints_of(

@@ -1,7 +1,7 @@
 """Train a DiT variant and save it as a pipeline folder.
 
-    accelerate launch training/train.py --dataset path/to/images
-    accelerate launch training/train.py --config training/configs/demo.yaml
+    python training/train.py --dataset path/to/images
+    accelerate launch --multi_gpu training/train.py --config training/configs/demo.yaml    # on several GPUs
 
 Every option can stand in the YAML file or on the command line, under the same name. Without a file your own images are
 trained in pixels by the preset photos64.yaml, from `--resolution 128` on by photos128.yaml. `--dry_run` shows what a
