@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -496,11 +497,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         if isinstance(labels, (str, int, float)):
             labels = [labels]
         labels = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
-        ids = {name: index for index, name in self.id2label.items()}
+        # One name can be written in several ways: "é" as a letter, or as a letter and an accent.
+        ids = {unicodedata.normalize("NFC", name): index for index, name in self.id2label.items()}
         return [self._get_label_id(label, ids) for label in labels]
 
     def _get_label_id(self, label: str | int, ids: dict[str, int]) -> int:
         if isinstance(label, str):
+            label = unicodedata.normalize("NFC", label)
             if label in ids:
                 return ids[label]
             if not ids:

@@ -374,6 +374,12 @@ def test_a_label_in_every_form_gives_the_same_image(pipe, labels):
     assert not torch.allclose(sample(pipe, labels), sample(pipe, "cat"), atol=0.1)
 
 
+def test_names_count_in_any_unicode_form():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for known, given in ((composed, decomposed), (decomposed, composed)):
+        assert make_pipeline(id2label={0: "cat", 1: known, 2: "3"}).get_label_ids([given, "3"]) == [1, 2]
+
+
 def test_names_and_ids_mix(pipe):
     assert pipe.get_label_ids(["wild", 0, "dog"]) == [2, 0, 1]
 
