@@ -103,12 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the package cannot be imported ({error}): `freqgate-dit doctor` says what is wrong.")
     except (ValueError, OSError) as error:
         return _fail(str(error))
-    except RuntimeError as error:
-        from accelerate.utils.memory import should_reduce_batch_size
-
-        if not should_reduce_batch_size(error):
-            raise
-        return _fail("out of memory: take fewer images at once, a smaller `--dtype`, or another `--device`.")
     except KeyboardInterrupt:
         return 130
 
@@ -289,7 +283,6 @@ def sample(options: argparse.Namespace):
     from freqgate_dit.samplers import make_sampler
 
     sampling.check_image_file(options.out)
-    make_folder_of(options.out)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     folder = fetch_pipeline(options.source, **_how_to_download(options), variant=options.variant)
@@ -305,10 +298,18 @@ def sample(options: argparse.Namespace):
     argument, values = sampling.choose_conditions(pipe, options.label, options.prompt)
     how_many = {"count": options.count, "seed": options.seed}
     start = time.perf_counter()
-    images = sampling.sample_images(
-        pipe, argument, values, **how_many, num_inference_steps=options.steps, guidance_scale=scale
-    )
+    try:
+        images = sampling.sample_images(
+            pipe, argument, values, **how_many, num_inference_steps=options.steps, guidance_scale=scale
+        )
+    except RuntimeError as error:
+        if not sampling.is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"out of memory ({str(error).splitlines()[0]}): use a smaller `--dtype`, or another `--device`."
+        ) from error
     seconds = time.perf_counter() - start
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     picture, form = sampling.make_picture(images, options.count), sampling.image_format(options.out)
     replace_file(options.out, lambda temporary: picture.save(temporary, form))
 
@@ -319,13 +320,6 @@ def sample(options: argparse.Namespace):
         f"{options.steps} steps of {type(pipe.scheduler).__name__}, guidance {scale:g}, "
         f"{str(dtype).removeprefix('torch.')} on {device}: {seconds:.1f} s"
     )
-
-
-def make_folder_of(out: Path):
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"`out` ({out}) lies in what is no folder and cannot become one ({error}).") from error
 
 
 # -- sharing and converting -------------------------------------------------------------------------------------------

@@ -50,19 +50,25 @@ class WeakModelGuidance(BaseGuidance):
     ):
         super().__init__(start, stop, enabled)
         self.weak_model = weak_model
+        self._was_asked = False
         self.guidance_scale = guidance_scale
 
     def prepare_inputs(self, data):
         # Both models see the condition, which is the first of each pair.
         return [self._prepare_batch(data, 0, name) for name in self._input_predictions[: self.num_conditions]]
 
-    def network_of_pass(self, denoiser: torch.nn.Module) -> torch.nn.Module:
-        """The network that answers the pass that was prepared last, on the device of `denoiser` and in its type."""
-        return denoiser if self.is_conditional else self.weak_model.to(denoiser.device, denoiser.dtype)
+    def network_of_pass(self, denoiser: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        """The network that answers the pass that was prepared last, `denoiser` or the weaker one in its type."""
+        if self.is_conditional:
+            return denoiser
+        self._was_asked = True
+        return self.weak_model.to(device, denoiser.dtype)
 
     def forward(self, pred_cond: torch.Tensor, pred_weak: torch.Tensor | None = None) -> GuiderOutput:
         if pred_weak is None:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond)
+        if not self._was_asked:
+            raise ValueError("the pipeline did not have the weaker model answer: this guider needs the package's own.")
         pred = pred_weak + self.guidance_scale * (pred_cond - pred_weak)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_weak)
 

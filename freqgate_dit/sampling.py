@@ -1,9 +1,11 @@
 """Images for someone who wants to see some: of which classes, from which seeds, and all of them in one picture."""
 
 import math
+import os
 from io import BytesIO
 from pathlib import Path
 
+import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 
@@ -19,15 +21,23 @@ LEAST_SIDE = 64
 
 
 def check_image_file(path: Path):
-    """Raise `ValueError` unless Pillow can write a picture into a file of that name, which is tried in memory."""
+    """Raise `ValueError` unless a file of that name can be made, and Pillow can write a picture into it, which is
+    tried in memory."""
     if path.is_dir():
         raise ValueError(f"`out` ({path}) is a folder: name a file in it, such as {path / 'samples.png'}.")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"`out` ({path}) cannot be made in {there}, which is no folder, or not yours to write to.")
     try:
         Image.new("RGB", (LEAST_SIDE, LEAST_SIDE)).save(BytesIO(), image_format(path))
     except (KeyError, OSError, ValueError) as error:
         raise ValueError(
             f"`out` ({path}) has a suffix that Pillow cannot write ({path.suffix!r}): use .png or .jpg."
         ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def image_format(path: Path) -> str:

@@ -38,8 +38,8 @@ OWN_ARGUMENTS = ("spectrum", "spectral_order", "use_spectral_sigmas", "temperatu
 LEVELS = 2000
 # Pieces of the integral over a step of second order.
 PIECES = 8
-# Steps whose factors are kept, each of a few times the size of an image.
-MAX_KEPT = 256
+# Lists of noise levels for which the factors of steps are kept, each a few times the size of an image.
+MAX_KEPT = 4
 
 
 def spectral_power(spectrum: dict, height: int, width: int) -> torch.Tensor:
@@ -181,6 +181,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         self._sizes = SharedByCopies()
         self._known = SharedByCopies()
         self._previous = None
+        self._levels = tuple(self.sigmas.tolist())
 
     # Of noise levels, from each of `switch_sigmas` on. If a step of length h costs c and errs by h^3, the least error
     # at equal cost has steps as c^(1/3), so 1.6 for a quarter; what was measured is as good from 1.4 to 1.6.
@@ -212,6 +213,7 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         ):
             num_inference_steps, sigmas = None, self._spectral_sigmas(num_inference_steps)
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+        self._levels = tuple(self.sigmas.tolist())
 
     def _spectral_sigmas(self, steps: int) -> list[float]:
         greatest = self.config.sigma_max or ((1 - self.alphas_cumprod[-1]) / self.alphas_cumprod[-1]).sqrt().item()
@@ -303,11 +305,9 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
         if size not in self._sizes:
             self._sizes[size] = self.frequencies(*size)
         frequencies = self._sizes[size]
-        frame = self._kept(state, size, lambda: frequencies.frame)
-        levels = tuple(self.sigmas[max(0, step - 1) : step + 2].tolist())
         is_last = step + 2 == len(self.sigmas)
-        what = size, levels, follows, is_last
-        turn = self._kept(state, what, lambda: self._turn(frequencies, step, follows))
+        frame = self._kept(state, "frame", lambda: frequencies.frame)
+        turn = self._kept(state, (step, follows), lambda: self._turn(frequencies, step, follows))
 
         deviation, predicted = frame.rows @ torch.stack([state, original]) @ frame.columns.T - frame.mean
         velocity = (predicted - turn.wiener * deviation) * turn.gain
@@ -319,15 +319,15 @@ class SpectralEulerDiscreteScheduler(EulerDiscreteScheduler):
 
     def _kept(self, state: torch.Tensor, what, compute: Callable[[], NamedTuple]) -> NamedTuple:
         """What `compute` returns, on the device of `state`, kept for the next calls at these noise levels."""
-        key = (what, state.device, state.dtype)
-        kept = self._known.get(key)
-        if kept is None:
+        key = (self._levels, tuple(state.shape[-2:]), state.device, state.dtype)
+        if key not in self._known:
+            for oldest in list(self._known)[: 1 - MAX_KEPT]:
+                self._known.pop(oldest, None)
+        kept = self._known.setdefault(key, {})
+        if what not in kept:
             tensors = compute()
-            kept = type(tensors)(*(None if tensor is None else tensor.to(state) for tensor in tensors))
-            if len(self._known) >= MAX_KEPT:
-                self._known.clear()
-            self._known[key] = kept
-        return kept
+            kept[what] = type(tensors)(*(None if tensor is None else tensor.to(state) for tensor in tensors))
+        return kept[what]
 
     def frequencies(self, height: int, width: int) -> "Frequencies":
         """What steps take of the spectrum for images of a size."""

@@ -1571,7 +1571,8 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
     def enable_cache(self, config):
         """Switch on a cache of diffusers: first-block, TaylorSeer, Mag or pyramid attention broadcast.
 
-        In a pipeline they begin anew with every call and, of a model with views, with every view.
+        In a pipeline, where they serve one call at a time, they begin anew with every call, where guidance begins or
+        ends, and with every view of a model with views.
 
         Raises:
             ValueError: for one that needs another kind of model.
@@ -1766,10 +1767,10 @@ def _register_with_hooks():
             metadata = hooks.TransformerBlockMetadata(return_hidden_states_index=0, _cls=model.block_class)
             # Not by `register`, which first imports every model of diffusers that it knows.
             hooks.TransformerBlockRegistry._registry[model.block_class] = metadata
-        for processor in DiTAttention._available_processors:
-            hooks.AttentionProcessorRegistry._registry[processor] = hooks.AttentionProcessorMetadata(
-                skip_processor_output_fn=lambda attn, hidden_states, *args, **kwargs: hidden_states
-            )
+        # Of this one alone: in others diffusers finds no attention scores to leave out, and would leave them in.
+        hooks.AttentionProcessorRegistry._registry[DiTAttnProcessor] = hooks.AttentionProcessorMetadata(
+            skip_processor_output_fn=lambda attn, hidden_states, *args, **kwargs: hidden_states
+        )
     except (ImportError, AttributeError, TypeError) as error:
         logger.debug(f"diffusers' hooks do not know these blocks: {error}")
 

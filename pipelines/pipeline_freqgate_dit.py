@@ -57,8 +57,9 @@ NO_NULL_EMBEDS = (
     'guidance on `pooled_prompt_embeds` needs `negative_pooled_prompt_embeds`: pass the embedding of "", or '
     "`guidance_scale=1`."
 )
-# Of an autoencoder whose numbers are made wider for a while, which other threads must not see.
-UPCASTING = threading.RLock()
+# Autoencoders that compute in float32 for a while -> in how many threads, and what their type is otherwise.
+UPCAST: dict[ModelMixin, tuple[int, torch.dtype]] = {}
+UPCASTING = threading.Lock()
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +72,22 @@ def _package(module: str):
 @contextmanager
 def _upcast(vae: ModelMixin):
     """A float16 autoencoder that is known to overflow (`force_upcast`) computes in float32 and is put back."""
-    may_overflow = vae.config.get("force_upcast", False)
-    with UPCASTING if may_overflow else nullcontext():
-        dtype = vae.dtype
-        upcast = may_overflow and dtype == torch.float16
+    with UPCASTING:
+        threads, dtype = UPCAST.get(vae, (0, vae.dtype))
+        upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
         if upcast:
             vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            if upcast:
-                vae.to(dtype)
+            UPCAST[vae] = threads + 1, dtype
+    try:
+        yield
+    finally:
+        if upcast:
+            with UPCASTING:
+                threads, dtype = UPCAST.pop(vae)
+                if threads > 1:
+                    UPCAST[vae] = threads - 1, dtype
+                else:
+                    vae.to(dtype)
 
 
 def encode_to_latent_moments(vae: ModelMixin, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -127,7 +133,8 @@ def encode_pooled_text(
 ) -> torch.Tensor:
     """Pooled embeddings `(len(prompts), P)` by a CLIP text model: `pooler_output`, or `text_embeds` if it projects.
 
-    Warns of prompts of which it reads only the beginning. `device` is that of the inputs, by default the model's.
+    Warns of prompts of which it reads only the beginning. `device` is that of the inputs of an offloaded model, whose
+    weights lie nowhere.
     """
     max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     for prompt, tokens in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids):
@@ -136,7 +143,7 @@ def encode_pooled_text(
             logger.warning(f"the end of the prompt {prompt!r}, {cut!r}, is cut: {max_length} tokens are read.")
     tokens = tokenizer(
         list(prompts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-    ).to(device or text_encoder.device)
+    ).to(device if text_encoder.device.type == "meta" else text_encoder.device)
     output = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
     return output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
 
@@ -144,6 +151,11 @@ def encode_pooled_text(
 def _uses_null_condition(guider) -> bool:
     """Whether a guider asks for predictions without the condition; all of diffusers' do."""
     return getattr(guider, "uses_null_condition", True)
+
+
+def _plain(value):
+    """A tensor, array or NumPy scalar as Python's numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_integer(value) -> bool:
@@ -212,7 +224,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         )
         # Without a transformer (`from_pretrained(folder, transformer=None)`) it encodes prompts and decodes latents.
         known = {} if transformer is None else transformer.config
-        num_classes = known.get("num_classes")
+        num_classes = self.num_classes
         if id2label and num_classes is not None and not all(0 <= int(key) < num_classes for key in id2label):
             raise ValueError(
                 f"`id2label` names the ids {sorted(map(int, id2label))}, but the transformer has {num_classes} "
@@ -237,6 +249,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self._called: FreqGateDiTPipeline | None = None
         self._calls: list[FreqGateDiTPipeline] = []
         self._interrupted, self._guidance_scale, self._num_timesteps, self._current_timestep = False, None, 0, None
+        self._step, self._cached_shape = None, None
 
     # -- files and the Hub ------------------------------------------------------------------------------------------
 
@@ -312,9 +325,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             Address of what was uploaded, or `None`.
 
         Raises:
-            ValueError: if the transformer has a LoRA adapter, with which its weights would not load.
+            ValueError: if there is no transformer, or it has a LoRA adapter, with which its weights would not load.
         """
-        if self.transformer is not None and any(".base_layer." in name for name in self.transformer.state_dict()):
+        if self.transformer is None:
+            raise ValueError("`transformer` is None: a pipeline that is saved without one does not load.")
+        if any(".base_layer." in name for name in self.transformer.state_dict()):
             raise ValueError(
                 "the transformer has LoRA adapters, or had, with whose names its weights would not load: make them "
                 "part of it by `fuse_lora()` and `unload_lora()`, or save the adapter alone by "
@@ -419,11 +434,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int | None:
-        return self.transformer.config.num_classes
+        return None if self.transformer is None else self.transformer.config.num_classes
 
     @property
     def is_text_conditional(self) -> bool:
-        return self.transformer.config.pooled_projection_dim is not None
+        return self.transformer is not None and self.transformer.config.pooled_projection_dim is not None
 
     @property
     def is_conditional(self) -> bool:
@@ -441,6 +456,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """The pipeline as one call, and its callback, see it: the same components, but a scheduler and a state of its
         own, so that calls in several threads, or of a callback, leave each other alone."""
         call, called = copy.copy(self), self._called or self
+        if called._calls and getattr(self.transformer, "is_cache_enabled", False):
+            raise ValueError(
+                "the transformer has a cache, which serves one call at a time: let the other call end, or switch the "
+                "cache off (`pipe.transformer.disable_cache()`)."
+            )
         # Not by assignment, for which diffusers would write the configuration anew.
         call.__dict__.update(scheduler=copy.deepcopy(self.scheduler), _called=called, _calls=[], _interrupted=False)
         called._calls.append(call)
@@ -473,15 +493,15 @@ class FreqGateDiTPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether the call is to stop after its step. A callback sets `_interrupt` for its own call; set on the
         pipeline, from another thread, it stops all calls that are under way."""
-        return self._interrupted
+        return self._latest()._interrupted
 
     @property
     def _interrupt(self) -> bool:
-        return self._interrupted
+        return self.interrupt
 
     @_interrupt.setter
     def _interrupt(self, value: bool):
-        for call in (self, *self._calls):
+        for call in [self] if self._called else list(self._calls):
             call._interrupted = value
 
     # -- inputs -----------------------------------------------------------------------------------------------------
@@ -492,11 +512,10 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an unknown name or an id out of range; names what exists, and what is nearest.
         """
-        if hasattr(labels, "tolist"):  # tensor, array, NumPy scalar
-            labels = labels.tolist()
+        labels = _plain(labels)
         if isinstance(labels, (str, int, float)):
             labels = [labels]
-        labels = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+        labels = list(map(_plain, labels))
         # One name can be written in several ways: "é" as a letter, or as a letter and an accent.
         ids = {unicodedata.normalize("NFC", name): index for index, name in self.id2label.items()}
         return [self._get_label_id(label, ids) for label in labels]
@@ -543,6 +562,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         generator,
         latents,
         output_type: str,
+        callback_on_step_end,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
         """Raise `ValueError`, naming argument, value and remedy, for a call that cannot be served."""
@@ -553,22 +573,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         )
         self._check_guidance(guidance_scale, guidance_interval, guider)
         self._check_scheduler()
-        counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
+        counts = {"num_images_per_label": num_images_per_label}
+        if timesteps is None and sigmas is None:
+            counts["num_inference_steps"] = num_inference_steps
         for name, count in counts.items():
             if not _is_integer(count) or count < 1:
                 raise ValueError(f"`{name}` ({count!r}) must be an integer, at least 1.")
-        own_steps = {"timesteps": timesteps, "sigmas": sigmas}
-        own_steps = {name: values for name, values in own_steps.items() if values is not None}
-        if len(own_steps) > 1:
-            raise ValueError("`timesteps` and `sigmas` were both given: give only one of them.")
-        for name, values in own_steps.items():
-            if not len(values) or not all(_is_finite(value) for value in values):
-                raise ValueError(f"`{name}` ({values!r}) must be a list of numbers.")
-            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"`{name}` was given, but {type(self.scheduler).__name__} chooses its own: use "
-                    "`num_inference_steps`, or another scheduler."
-                )
+        self._check_steps(timesteps, sigmas)
 
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         for name, side in (("height", height), ("width", width)):
@@ -586,15 +597,52 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             raise ValueError(f"`seed` ({seed}) and `generator` were both given: give only one of them.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` ({output_type!r}) must be 'pil', 'np', 'pt' or 'latent'.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` ({callback_on_step_end!r}) cannot be called.")
+        names = callback_on_step_end_tensor_inputs
+        if not isinstance(names, (list, tuple)):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` ({names!r}) must be a list of names.")
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {unknown}; choose from {self._callback_tensor_inputs}."
             )
 
+    def _check_steps(self, timesteps, sigmas):
+        own = {"timesteps": _plain(timesteps), "sigmas": _plain(sigmas)}
+        own = {name: values for name, values in own.items() if values is not None}
+        if len(own) > 1:
+            raise ValueError("`timesteps` and `sigmas` were both given: give only one of them.")
+        for name, values in own.items():
+            least, most = (1, self.scheduler.config.num_train_timesteps) if name == "timesteps" else (2, math.inf)
+            if (
+                not isinstance(values, (list, tuple))
+                or len(values) < least
+                or not all(_is_finite(value) and 0 <= value < most for value in values)
+                or any(after >= before for before, after in zip(values, values[1:]))
+            ):
+                raise ValueError(
+                    f"`{name}` ({values!r}) must be a list of {least} or more falling numbers from 0 to below {most}."
+                )
+            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"`{name}` was given, but {type(self.scheduler).__name__} chooses its own: use "
+                    "`num_inference_steps`, or another scheduler."
+                )
+
     def _check_condition(
         self, class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
     ):
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            texts = text if isinstance(text, (list, tuple)) else [text]
+            if text is not None and not all(isinstance(one, str) for one in texts):
+                raise ValueError(f"`{name}` ({text!r}) must be text, or a list of texts.")
+        for name, embeds in (
+            ("pooled_prompt_embeds", pooled_prompt_embeds),
+            ("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds),
+        ):
+            if embeds is not None and not torch.is_tensor(embeds):
+                raise ValueError(f"`{name}` ({embeds!r}) must be a tensor.")
         conditions = {"class_labels": class_labels, "prompt": prompt, "pooled_prompt_embeds": pooled_prompt_embeds}
         given = [name for name, value in conditions.items() if value is not None]
         if len(given) > 1:
@@ -626,7 +674,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             raise ValueError(f"`{negative[0]}` was given, but this model is not conditioned on text: leave it out.")
         if len(negative) > 1:
             raise ValueError("`negative_prompt` and `negative_pooled_prompt_embeds` were both given: give only one.")
-        if negative_prompt and self.text_encoder is None:
+        if negative_prompt and (self.text_encoder is None or self.tokenizer is None):
             raise ValueError(
                 f"`negative_prompt` ({negative_prompt!r}) needs a text encoder, which this pipeline does not have: "
                 "use `negative_pooled_prompt_embeds`."
@@ -636,11 +684,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` is empty: give at least one.")
 
     def _check_guidance(self, guidance_scale: float | None, guidance_interval: tuple[float, float], guider):
+        if guider is not None and not hasattr(guider, "prepare_inputs"):
+            raise ValueError(f"`guider` ({guider!r}) is no guider of diffusers or `freqgate_dit.guidance`.")
         if guider is not None and guidance_scale is not None:
             raise ValueError(
                 f"`guider` and `guidance_scale` ({guidance_scale}) were both given: the guider has its own scale."
             )
-        if guider is not None and tuple(guidance_interval) != (0, 1):
+        if guider is not None and guidance_interval != (0.0, 1.0):
             raise ValueError(
                 f"`guider` and `guidance_interval` ({guidance_interval}) were both given: the guider has its own "
                 "`start` and `stop`."
@@ -652,6 +702,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 "`guider` was given, whose passes pyramid attention broadcast would take for one another: use "
                 "`guidance_scale`, or another cache."
             )
+        guidance_scale = _plain(guidance_scale)
         if guidance_scale is not None and not _is_finite(guidance_scale):
             raise ValueError(f"`guidance_scale` ({guidance_scale!r}) must be a finite number.")
         guided = _uses_null_condition(guider) if guider else guidance_scale is not None and guidance_scale != 1
@@ -663,6 +714,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             )
             what = "`guider`" if guider is not None else f"`guidance_scale` ({guidance_scale})"
             raise ValueError(f"{what} needs a null condition, but this model {why}: use `guidance_scale=1`.")
+        guidance_interval = _plain(guidance_interval)
         is_pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
         numeric = is_pair and all(map(_is_finite, guidance_interval))
         if not numeric or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
@@ -672,6 +724,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             )
 
     def _check_scheduler(self):
+        if "step" in vars(self.scheduler):
+            raise ValueError(
+                "`scheduler.step` was replaced in the object, of which every call makes a copy: write a subclass, or "
+                "look at the steps in `callback_on_step_end`."
+            )
         prediction_type = self.scheduler.config.get("prediction_type")
         if prediction_type is None or self.scheduler.config.get("use_flow_sigmas"):
             raise ValueError(
@@ -713,7 +770,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         if self.is_text_conditional:
             if pooled_prompt_embeds is None:
                 pooled_prompt_embeds = self.encode_prompt(prompt)
-            if negative_pooled_prompt_embeds is None and self.text_encoder is not None:
+            can_encode = self.text_encoder is not None and self.tokenizer is not None
+            if negative_pooled_prompt_embeds is None and can_encode:
                 negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt or "")
             if negative_pooled_prompt_embeds is not None:
                 negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.to(device)
@@ -730,17 +788,20 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     def prepare_timesteps(self, num_inference_steps: int, timesteps, sigmas, device):
         """Set the scheduler's timesteps: `num_inference_steps` of its own choice, or those that are given."""
-        if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=list(timesteps), device=device)
-        elif sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        name, levels = type(self.scheduler).__name__, getattr(self.scheduler, "sigmas", None)
-        if name in NEED_DISTANCE and levels is not None and (levels.diff() == 0).any():
+        name, given = {
+            timesteps is not None: ("timesteps", timesteps),
+            sigmas is not None: ("sigmas", sigmas),
+        }.get(True, ("num_inference_steps", num_inference_steps))
+        kind = type(self.scheduler).__name__
+        try:
+            self.scheduler.set_timesteps(**{name: _plain(given)}, device=device)
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"`{name}` ({given}) is nothing that {kind} can take: {error}") from error
+        levels = getattr(self.scheduler, "sigmas", None)
+        if kind in NEED_DISTANCE and levels is not None and (levels.diff() == 0).any():
             raise ValueError(
-                f"`num_inference_steps` ({num_inference_steps}) gives two steps one noise level, by the distance of "
-                f"which {name} divides: take fewer."
+                f"`{name}` ({given}) gives two steps one noise level, by the distance of which {kind} divides: take "
+                "fewer, or others."
             )
 
     def prepare_generators(
@@ -759,8 +820,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             return list(generator) if isinstance(generator, (list, tuple)) else generator
         if seed is None:
             seed = torch.randint(2**48, ()).item()
-        if hasattr(seed, "tolist"):  # NumPy scalar, array, tensor
-            seed = seed.tolist()
+        seed = _plain(seed)
         if not _is_integer(seed) and not isinstance(seed, (list, tuple, range)):
             raise ValueError(f"`seed` ({seed!r}) must be an int, or a list of one int for each image.")
         seeds = [seed + index for index in range(batch_size)] if _is_integer(seed) else list(seed)
@@ -819,15 +879,15 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         has_views = transformer.config.get("grid_views", 1) > 1
         shape = len(latents), transformer.views_of(timestep[None]).item() if has_views else 0
         if shape != self._cached_shape:
+            if self._cached_shape is not None and hasattr(transformer._cache_config, "mag_ratios"):
+                raise ValueError(
+                    "MagCache counts the steps of a call, and cannot begin anew where guidance or a view of the model "
+                    "begins or ends: guide all steps or none, or use another cache."
+                )
             transformer._reset_stateful_cache()
             self._cached_shape = shape
-        sigmas, step = getattr(self.scheduler, "sigmas", None), self.scheduler.step_index
         return transformer.cache_context(
-            name,
-            step_index=step,
-            num_inference_steps=len(self.scheduler.timesteps),
-            timestep=timestep,
-            sigma=None if sigmas is None or step is None else sigmas[step].item(),
+            name, step_index=self._step, num_inference_steps=self._num_timesteps, timestep=timestep
         )
 
     def _guided_prediction(self, latents, timestep, name, condition, null_condition) -> torch.Tensor:
@@ -844,12 +904,12 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
         batches = guider.prepare_inputs({} if name is None else {name: (condition, null_condition)})
         # Of the package's guiders some have another network answer.
-        network_of_pass = getattr(guider, "network_of_pass", lambda transformer: transformer)
+        network_of_pass = getattr(guider, "network_of_pass", lambda transformer, device: transformer)
         for batch in batches:
-            guider.prepare_models(self.transformer)
             given, context = getattr(batch, name) if name else None, getattr(batch, guider._identifier_key)
             try:
-                network = network_of_pass(self.transformer)
+                guider.prepare_models(self.transformer)
+                network = network_of_pass(self.transformer, latents.device)
                 batch.noise_pred = self._denoise(latents, timestep, name, given, context, network)
             finally:
                 guider.cleanup_models(self.transformer)
@@ -892,12 +952,13 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             num_images_per_label (`int`, defaults to `1`): images for each label or prompt. Images of one label follow
                 each other.
             num_inference_steps (`int`, defaults to `20`): steps of the scheduler.
-            timesteps, sigmas (list, *optional*): timesteps or noise levels of one's own, in place of
-                `num_inference_steps`, for schedulers whose `set_timesteps` takes them.
+            timesteps, sigmas (list, *optional*): timesteps, or noise levels and last of all where they end (0), in
+                place of `num_inference_steps`, for schedulers whose `set_timesteps` takes them. They fall.
             guidance_scale (`float`, *optional*): s in `uncond + s * (cond - uncond)`. 1 is the conditional model, in
                 one pass per step. Defaults to 2.5 where the model has a null condition, otherwise to 1.
             guidance_interval (`tuple`, defaults to `(0, 1)`): fractions of the steps between which guidance acts.
-            guider (`diffusers.guiders.BaseGuidance`, *optional*): instead of `guidance_scale`.
+            guider (`diffusers.guiders.BaseGuidance`, *optional*): instead of `guidance_scale`. The call works on a
+                copy of it.
             height, width (`int`, *optional*): pixels; default to the size that the model was trained at.
             seed (`int` or list, *optional*): image i is a function of seed + i (or of its own seed in a list), on
                 every device and, up to rounding, in every batch size.
@@ -908,7 +969,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`): an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, tensors)`; may return a
                 dict with new `latents`. `pipe` is the pipeline as this call sees it: its `scheduler` and its state are
-                the call's own, and with `pipe._interrupt = True` the call stops, with `pipe._guidance_scale = s` it
+                the call's own (no call touches those of the pipeline itself), and with `pipe._interrupt = True` the call stops, with `pipe._guidance_scale = s` it
                 goes on with another scale (0 or 1: without guidance). diffusers' `PipelineCallback`s name their own
                 tensors.
             callback_on_step_end_tensor_inputs: of "latents", "noise_pred", "pred_original_sample" (`None` with
@@ -939,6 +1000,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             generator,
             latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         sample_size = self.transformer.config.sample_size * self.vae_scale_factor
@@ -946,33 +1008,34 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         width = sample_size if width is None else width
         if guidance_scale is None:
             guidance_scale = SOURCE_GUIDANCE_SCALE if self.has_null_condition else 1.0
+        guidance_scale = _plain(guidance_scale)
         device = self._execution_device
 
-        # 2. Conditions, repeated for each image
-        name, condition, null_condition = self.prepare_conditions(
-            class_labels, prompt, negative_prompt, pooled_prompt_embeds, negative_pooled_prompt_embeds, device
-        )
-        batch_size = num_images_per_label
-        if name is not None:
-            condition = condition.repeat_interleave(num_images_per_label, dim=0)
-            batch_size = condition.shape[0]
-            if null_condition is not None:
-                null_condition = null_condition.repeat_interleave(num_images_per_label, dim=0)
-            elif _uses_null_condition(guider) if guider else guidance_scale != 1:
-                raise ValueError(NO_NULL_EMBEDS)
-
         with self._call_of_its_own() as call:
+            # 2. Conditions, repeated for each image
+            name, condition, null_condition = self.prepare_conditions(
+                class_labels, prompt, negative_prompt, pooled_prompt_embeds, negative_pooled_prompt_embeds, device
+            )
+            batch_size = num_images_per_label
+            if name is not None:
+                condition = condition.repeat_interleave(num_images_per_label, dim=0)
+                batch_size = condition.shape[0]
+                if null_condition is not None:
+                    null_condition = null_condition.repeat_interleave(num_images_per_label, dim=0)
+                elif _uses_null_condition(guider) if guider else guidance_scale != 1:
+                    raise ValueError(NO_NULL_EMBEDS)
+
             # 3. Timesteps and noise
             call.prepare_timesteps(num_inference_steps, timesteps, sigmas, device)
             generator = call.prepare_generators(batch_size, seed, generator)
             latents = call.prepare_latents(batch_size, height, width, device, generator, latents)
 
             # 4. Denoise
-            call._guidance_scale = guidance_scale
+            call._guidance_scale = None if guider else guidance_scale
             latents = call._denoise_all(
                 latents,
                 (name, condition, null_condition),
-                guidance_interval,
+                _plain(guidance_interval),
                 copy.copy(guider),  # it counts steps and passes
                 generator,
                 callback_on_step_end,
@@ -998,7 +1061,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         first_guided, last_guided = (int(fraction * len(timesteps)) for fraction in guidance_interval)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
-                self._current_timestep = t
+                self._step, self._current_timestep = i, t
                 model_input = self.scheduler.scale_model_input(latents, t)
                 if guider is not None:
                     noise_pred = self._guider_prediction(guider, model_input, t, *conditions, i, len(timesteps))
@@ -1030,6 +1093,10 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         if self._guidance_scale == 0 != before:  # diffusers' `SDCFGCutoffCallback` and its like
             self._guidance_scale = 1.0
         if self._guidance_scale != before:
+            if before is None:
+                raise ValueError(
+                    f"a callback set `_guidance_scale` ({self._guidance_scale}), but the call has a guider."
+                )
             self._check_guidance(self._guidance_scale, (0, 1), None)
         return returned
 

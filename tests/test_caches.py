@@ -5,6 +5,8 @@ import torch
 from components import make_pipeline, sample, spectral, tiny_transformer
 from diffusers import (
     ClassifierFreeGuidance,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -43,14 +45,21 @@ def eight_steps(pipe, **kwargs) -> torch.Tensor:
     return sample(pipe, ["cat", "dog"], num_inference_steps=8, **kwargs)
 
 
+@pytest.mark.parametrize("scheduler", [None, EulerDiscreteScheduler, DDIMScheduler])
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_cache_leaves_no_trace(cache, views):
+def test_a_cache_leaves_no_trace(cache, views, scheduler):
     """One that reuses nothing changes nothing; one that does gives the same in every call; and off, it is off. It also
     works where tokens or passes become fewer on the way: with views, and with an interval of guidance."""
     transformer = with_views(num_layers=3) if views > 1 else tiny_transformer(num_layers=3)
     pipe = make_pipeline(transformer, spectral())
-    guided = {}, {"guidance_scale": 1.0}, {"guidance_interval": (0.25, 0.75)}
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    guided = [{}, {"guidance_scale": 1.0}, {"guidance_interval": (0.25, 0.75)}]
+    if cache is mag:
+        if views > 1:
+            pytest.skip("refused: test_mag_cache_is_refused_where_it_would_begin_anew")
+        guided.pop()
     plain = [eight_steps(pipe, **kwargs) for kwargs in guided]
     transformer.enable_cache(cache(pipe, reuses=False))
     for kwargs, expected in zip(guided, plain):
@@ -62,7 +71,8 @@ def test_a_cache_leaves_no_trace(cache, views):
         assert result.isfinite().all() and not torch.equal(result, without)
 
         def stop(pipeline, step, timestep, tensors):
-            raise KeyError
+            if step == 3:
+                raise KeyError
 
         with pytest.raises(KeyError):  # a call that ends on the way leaves nothing for the next one either
             eight_steps(pipe, callback_on_step_end=stop, **kwargs)
@@ -77,6 +87,28 @@ def test_a_cache_keeps_the_passes_of_a_guider_apart(cache):
     pipe.transformer.enable_cache(cache(pipe, reuses=True))
     guided = eight_steps(pipe, guider=ClassifierFreeGuidance(guidance_scale=2.0))
     torch.testing.assert_close(guided, eight_steps(pipe, guidance_scale=2.0), rtol=1e-3, atol=1e-3)
+
+
+def test_mag_cache_is_refused_where_it_would_begin_anew():
+    """It counts the steps of a call, by which it takes its ratios."""
+    views = make_pipeline(with_views(num_layers=3), spectral())
+    plain = make_pipeline(tiny_transformer(num_layers=3), spectral())
+    for pipe, kwargs in ((views, {}), (plain, {"guidance_interval": (0.25, 0.75)})):
+        pipe.transformer.enable_cache(mag(pipe, reuses=True))
+        with pytest.raises(ValueError, match="MagCache"):
+            eight_steps(pipe, **kwargs)
+
+
+def test_a_cache_serves_one_call_at_a_time():
+    pipe = make_pipeline(tiny_transformer(num_layers=3), spectral())
+    pipe.transformer.enable_cache(first_block(pipe, reuses=True))
+    expected = eight_steps(pipe)
+
+    def callback(pipeline, step, timestep, tensors):
+        with pytest.raises(ValueError, match="one call at a time"):
+            eight_steps(pipe)
+
+    assert torch.equal(eight_steps(pipe, callback_on_step_end=callback), expected)
 
 
 def test_caches_that_cannot_work_are_refused():

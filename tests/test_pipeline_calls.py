@@ -3,11 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+import numpy as np
 import pytest
 import torch
 from components import TEXT_DIM, euler, make_pipeline, sample, spectral, tiny_transformer, tiny_vae_kl
 from diffusers import (
-    ClassifierFreeGuidance,
+    AdaptiveProjectedGuidance,
+    DDIMScheduler,
     DEISMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -29,7 +31,7 @@ def test_one_pipeline_serves_many_threads(pipe, scheduler):
     """Calls of different lengths, labels and guidance, 8 threads with 5 each, are to the bit those one by one."""
     if scheduler is not None:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    guider = ClassifierFreeGuidance(guidance_scale=3.0)
+    guider = AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)  # it remembers the last step
 
     def call(index: int):
         guidance = {"guider": guider} if index % 5 == 0 else {"guidance_scale": 1.0 + index % 3}
@@ -88,10 +90,10 @@ def test_a_callback_stops_its_call(pipe):
         steps.append(tensors["latents"])
         pipeline._interrupt = step == 1
 
+    whole = sample(pipe, "cat", num_inference_steps=5)
     result = sample(pipe, "cat", num_inference_steps=5, callback_on_step_end=callback)
-    assert len(steps) == 2 and torch.equal(result, steps[1])
-    # The next one is not stopped.
-    assert not pipe.interrupt and torch.equal(sample(pipe, "cat"), sample(pipe, "cat"))
+    assert len(steps) == 2 and torch.equal(result, steps[1]) and not torch.equal(result, whole)
+    assert torch.equal(sample(pipe, "cat", num_inference_steps=5), whole)  # the next one is not stopped
 
 
 def test_a_call_is_stopped_from_another_thread(pipe):
@@ -106,9 +108,11 @@ def test_a_call_is_stopped_from_another_thread(pipe):
         call = threads.submit(sample, pipe, "cat", num_inference_steps=5, callback_on_step_end=callback)
         began.wait()
         pipe._interrupt = True
+        assert pipe.interrupt
         stopped.set()
         call.result()
-    assert steps == [0]
+    assert steps == [0] and not pipe.interrupt
+    pipe._interrupt = True  # there is nothing to stop
     sample(pipe, "cat", callback_on_step_end=callback)
     assert steps == [0, 0, 1, 2]
 
@@ -149,6 +153,13 @@ def test_diffusers_callback_cuts_guidance_off(pipe, labels):
     assert torch.equal(sample(pipe, labels, callback_on_step_end=cut, **inputs), expected)
 
 
+def test_a_callback_cannot_change_the_scale_of_a_guider(pipe):
+    guider = AdaptiveProjectedGuidance(3.0)
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    with pytest.raises(ValueError, match=r"`_guidance_scale` \(0.0\).* guider"):
+        sample(pipe, "cat", guider=guider, callback_on_step_end=cut)
+
+
 def test_a_callback_cannot_guide_what_cannot_be_guided():
     def callback(pipeline, step, timestep, tensors):
         pipeline._guidance_scale = 2.0
@@ -177,19 +188,42 @@ def test_steps_of_ones_own(pipe):
     assert len(seen) == 3
     pipe.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
     seen.clear()
-    sample(pipe, "cat", timesteps=[900, 500, 100, 10], callback_on_step_end=callback)
+    by_list = sample(pipe, "cat", timesteps=[900, 500, 100, 10], callback_on_step_end=callback)
     assert seen == [900, 500, 100, 10]
+    for same in (torch.tensor([900, 500, 100, 10]), (900.0, 500.0, 100.0, 10.0)):
+        assert torch.equal(sample(pipe, "cat", timesteps=same, num_inference_steps=None), by_list)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(2.0), np.float32(2)])
+def test_numbers_of_other_libraries_are_numbers(pipe, number):
+    steps = {"num_inference_steps": np.int64(4)}
+    expected = sample(pipe, "cat", guidance_scale=2.0, guidance_interval=(0, 0.5), **steps)
+    given = sample(pipe, "cat", guidance_scale=number, guidance_interval=np.array([0, 0.5]), **steps)
+    assert torch.equal(given, expected)
 
 
 def test_steps_that_a_scheduler_does_not_take(pipe):
     with pytest.raises(ValueError, match="`timesteps` and `sigmas` were both given"):
         sample(pipe, "cat", timesteps=[900], sigmas=[1.0])
-    for wrong in ([], ["900"], [float("nan")]):
-        with pytest.raises(ValueError, match="`timesteps` .* must be a list of numbers"):
+    for wrong in ([], 900, ["900"], [float("nan")], [100, 900], [500, 500], [1000], [-1]):
+        with pytest.raises(ValueError, match="`timesteps` .* falling numbers from 0 to below 1000"):
             sample(pipe, "cat", timesteps=wrong)
+    for wrong in ([5.0], [1.0, 10.0, 0.0], [1.0, -1.0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="`sigmas` .* 2 or more falling numbers"):
+            sample(pipe, "cat", sigmas=wrong)
     pipe.scheduler = DEISMultistepScheduler.from_config(euler().config)
     with pytest.raises(ValueError, match="`sigmas` was given, but DEISMultistepScheduler"):
         sample(pipe, "cat", sigmas=[1.0, 0.0])
+    pipe.scheduler = DDIMScheduler.from_config(euler().config)
+    with pytest.raises(ValueError, match=r"`num_inference_steps` \(1001\) is nothing that DDIMScheduler can take"):
+        sample(pipe, "cat", num_inference_steps=1001)
+
+
+def test_a_step_replaced_in_the_scheduler_is_refused(pipe):
+    """Its copies would go on calling the one of the original."""
+    pipe.scheduler.step = pipe.scheduler.step
+    with pytest.raises(ValueError, match="`scheduler.step` was replaced"):
+        sample(pipe, "cat")
 
 
 # -- inputs of another type -------------------------------------------------------------------------------------------
@@ -215,6 +249,14 @@ def test_steps_that_a_scheduler_does_not_take(pipe):
         {"seed": [1.5]},
         {"seed": 1.5},
         {"seed": "1"},
+        {"guider": 3},
+        {"callback_on_step_end": 3},
+        {"callback_on_step_end_tensor_inputs": None},
+        {"callback_on_step_end_tensor_inputs": "latents"},
+        {"prompt": 5},
+        {"negative_prompt": ["blur", None]},
+        {"pooled_prompt_embeds": [[0.0]]},
+        {"negative_pooled_prompt_embeds": [0.0]},
     ],
     ids=str,
 )

@@ -99,6 +99,9 @@ def test_a_pipeline_without_transformer_encodes(text_pipe, tmp_path):
     assert torch.equal(embeds, text_pipe.encode_prompt("cat"))
     with pytest.raises(ValueError, match="`transformer` is None"):
         encoder(prompt="cat")
+    with pytest.raises(ValueError, match="`transformer` is None"):
+        encoder.save_pretrained(tmp_path)
+    assert encoder.num_classes is None and not encoder.has_null_condition
     denoiser = FreqGateDiTPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
     result = sample(denoiser, pooled_prompt_embeds=embeds, negative_pooled_prompt_embeds=null)
     assert torch.equal(result, sample(text_pipe, prompt="cat"))
