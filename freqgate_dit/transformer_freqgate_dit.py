@@ -119,7 +119,7 @@ def radial_index(height: int, width: int, device=None) -> torch.Tensor:
     """Frequency of every DCT coefficient `(H, W)` as a fraction of Nyquist's: index k of n is k/n."""
     rows = torch.arange(height, dtype=torch.float32, device=device) / height
     columns = torch.arange(width, dtype=torch.float32, device=device) / width
-    return torch.hypot(rows[:, None], columns)
+    return (rows.square()[:, None] + columns.square()).sqrt()  # `torch.hypot` has no ONNX operator
 
 
 class DataSpectrum(nn.Module):
@@ -319,20 +319,22 @@ class SpectralPreconditioner(nn.Module):
             The network's input `(B, C, h, w)`; coefficients `skip (B, C, H, W)` and `output (B, C, h, w)` of the
             prediction, or `None` where that is the network's: prediction = DCT^-1( skip + output DCT(F) ).
         """
-        a, s = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        a, s = precise_sigmoid(log_snr).sqrt(), precise_sigmoid(-log_snr).sqrt()
         if self.kind == "mask":
             # The rectified flow of the same SNR is at time a / (a + s).
             cutoff = 0.05 + 0.95 * a / (a + s)
-            index = torch.hypot(
-                torch.linspace(0, 1, noisy.shape[-2], device=noisy.device)[:, None],
-                torch.linspace(0, 1, noisy.shape[-1], device=noisy.device),
+            # From 0 to 1. Not `torch.linspace`, for which a compiled model would be compiled anew at every size.
+            rows, columns = (
+                torch.arange(side, dtype=torch.float32, device=noisy.device) / max(1, side - 1)
+                for side in noisy.shape[-2:]
             )
+            index = (rows.square()[:, None] + columns.square()).sqrt()
             return idct2(dct2(noisy) * torch.sigmoid(30 * (cutoff - index / math.sqrt(2)))), None
 
         if self.kind == "scalar":
             power = power.mean().expand_as(power)
         logit = self.gate_logit(log_snr, power)
-        gain, rest = torch.sigmoid(logit), torch.sigmoid(-logit)
+        gain, rest = precise_sigmoid(logit), precise_sigmoid(-logit)
         z = dct2(noisy) - a * mean
         rows, columns = view_size or noisy.shape[-2:]
         seen = gain if gain.shape[-2:] == (rows, columns) else gain[..., :rows, :columns]
@@ -856,6 +858,14 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
 
     The condition is a class (`num_classes`), a pooled text embedding (`pooled_projection_dim`), or nothing.
 
+    For LoRA, attention has the linear layers `to_q`, `to_k`, `to_v` and `to_out`. (Recipes for other models of
+    diffusers name `to_out.0`, which peft would leave aside here without a word.)
+
+    `torch.export.export` and `torch.onnx.export(..., dynamo=True)` take every model, for any batch size and one size
+    of the samples; a model with views needs `samples_per_view`. A compiled model is compiled once more when it first
+    sees another size than before; one with a spectrum (`preconditioning`, or Band-Gate's `band_clock`) even with
+    `dynamic=True`, as its statistics are for `sample_size` and must be resampled.
+
     Parameters:
         num_attention_heads (`int`, defaults to `8`): heads; the width D is `num_attention_heads * attention_head_dim`.
         attention_head_dim (`int`, defaults to `64`): channels of a head.
@@ -1340,13 +1350,13 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         """
         if self.config.grid_views == 1:
             return torch.zeros_like(timestep, dtype=torch.long)
-        switches = self.spectrum.switches
+        log_snr, switches = self.spectrum(timestep)
         if switches.isnan().any():
             raise ValueError(
                 f"this model has `grid_views` {self.config.grid_views}, but knows no spectrum that says where to use "
                 "them: call `set_spectrum` with the training data's, as the trainer does."
             )
-        return (self.spectrum.log_snr_at(timestep)[:, None] <= switches).sum(dim=1)
+        return (log_snr[:, None] <= switches).sum(dim=1)
 
     def _group_by_view(self, timestep: torch.Tensor, samples_per_view) -> tuple[torch.Tensor | None, list[int]]:
         """Order `(B,)` that sorts the samples by view, `None` if they are, and how many there are of each view."""
@@ -1359,7 +1369,12 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
                 )
             return None, counts
         if self.config.grid_views == 1:
-            return None, [len(timestep)]
+            return None, [timestep.shape[0]]
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "`samples_per_view` (None): an exported model cannot choose views by the timesteps that it will see. "
+                f"Export it for fixed numbers of samples on its {self.config.grid_views} views, the full grid first."
+            )
         views = self.views_of(timestep)
         counts = views.bincount(minlength=self.config.grid_views).tolist()
         is_sorted = max(counts) == len(timestep)
@@ -1476,7 +1491,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             return_dict (`bool`, defaults to `True`): return a `Transformer2DModelOutput` instead of a tuple.
             samples_per_view (`tuple`, *optional*): of a model with views, the number of samples to denoise on each
                 view, the full grid first, where the samples are sorted by it. By default the timesteps decide, which
-                waits for the device, and which `torch.compile` of the whole model cannot trace.
+                waits for the device, and which neither `torch.compile` of the whole model nor an export can trace.
+                An export is made for one batch size and one such tuple, say `(0, 8)`; for any batch size export a
+                module whose `forward` calls `denoise_on` with one view.
 
         Returns:
             `sample (batch, out_channels, height, width)`, of the scheduler's prediction type.
@@ -1527,7 +1544,7 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         # 1. Input
         device, dtype = hidden_states.device, hidden_states.dtype
         full_grid = self.token_grid(hidden_states)
-        temb = self.embed_timestep(timestep, len(timestep), device, dtype)  # (B, D)
+        temb = self.embed_timestep(timestep, timestep.shape[0], device, dtype)  # (B, D)
         known = self.known_of(hidden_states, timestep)
         block_inputs = self.block_inputs(hidden_states, known, view)
         coefficients = None

@@ -214,6 +214,34 @@ def test_the_tokens_of_a_view_have_their_places_in_the_image(view):
     assert torch.equal(torch.stack(seen["rotary"]), torch.stack(rotary))
 
 
+def test_exported_for_fixed_views():
+    model = with_views("band_gate", num_layers=1)
+    given = inputs(model, 3)
+    with pytest.raises(ValueError, match=r"`samples_per_view` \(None\)"):
+        torch.export.export(model, (), given)
+    given["samples_per_view"] = (1, 0, 2)
+    exported = torch.export.export(model, (), given).module()
+    assert_close(exported(**given).sample, run(model, **given))
+
+
+class OnView(torch.nn.Module):
+    def __init__(self, model, view):
+        super().__init__()
+        self.model, self.view = model, view
+
+    def forward(self, hidden_states, timestep, class_labels):
+        return self.model.denoise_on(self.view, hidden_states, timestep, class_labels, None)
+
+
+def test_exported_on_one_view_for_any_batch_size():
+    model = with_views("in_context", num_layers=1)
+    dynamic_shapes = {name: {0: torch.export.Dim.DYNAMIC} for name in inputs(model)}
+    exported = torch.export.export(OnView(model, 1), (), inputs(model, 3), dynamic_shapes=dynamic_shapes).module()
+    for batch_size in (1, 5):
+        given = inputs(model, batch_size)
+        assert_close(exported(**given), run(model, **given, samples_per_view=all_on(1, batch_size)))
+
+
 # -- switches, other sizes --------------------------------------------------------------------------------------------
 
 

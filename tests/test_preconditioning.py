@@ -18,6 +18,7 @@ from freqgate_dit.transformer_freqgate_dit import (
     SpectralPreconditioner,
     dct_matrix,
     radial_index,
+    radial_ring,
 )
 from freqgate_dit.transformer_freqgate_dit import dct2 as model_dct2
 from freqgate_dit.transformer_freqgate_dit import idct2 as model_idct2
@@ -86,6 +87,14 @@ def test_the_learned_gate_starts_as_wieners_and_leaves_it_per_ring():
     changed = (dct2(run(model).double()) - before).abs().amax(dim=(0, 1)) > 1e-4
     ring = (8 * radial_index(*given["hidden_states"].shape[-2:])).long()
     assert torch.equal(changed, ring == 2)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 20), (37, 74), (16, 24)])
+def test_rings_are_exact_at_their_borders(size):
+    height, width = size
+    squares = [[64 * ((i * width) ** 2 + (j * height) ** 2) for j in range(width)] for i in range(height)]
+    expected = [[min(7, math.isqrt(square) // (height * width)) for square in row] for row in squares]
+    assert radial_ring(height, width).tolist() == expected
 
 
 def test_predictions_of_one_network_agree():

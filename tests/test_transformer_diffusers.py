@@ -5,6 +5,7 @@ import torch
 from components import randomize, tiny_transformer
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file
+from test_preconditioning import preconditioned
 from torch._dynamo.testing import CompileCounter
 from transformer_cases import assert_differ, inputs, ref_linear, ref_silu, run
 
@@ -54,7 +55,17 @@ def test_compiled_blocks_leave_no_trace_in_the_keys(variant, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torch.compile, gradient checkpointing
+# torch.compile, export, gradient checkpointing
+
+
+# Every variant, each with something else that is traced.
+EXPORTED = {
+    "in_context": {"use_rope": True, "qk_norm": True, "activation_fn": "swiglu"},
+    "cross_attention": {"kind": "scalar"},
+    "adaln_zero": {"kind": "learned"},
+    "freq_gate": {"kind": "mask"},
+    "band_gate": {"modulation_rank": 4},
+}
 
 
 @pytest.fixture
@@ -88,6 +99,46 @@ def test_compiled_once_for_all_timesteps(variant, dynamo):
             kwargs = {**inputs(model), "timestep": torch.tensor(timestep)}
             torch.testing.assert_close(compiled(**kwargs).sample, model(**kwargs).sample)
     assert counter.frame_count == 1
+
+
+def test_compiled_once_more_for_all_other_sizes(dynamo):
+    model = tiny_transformer(num_layers=1, preconditioning="mask", prediction_type="epsilon")
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for height, width in ((8, 8), (12, 12), (16, 20)):
+            kwargs = inputs(model, height=height, width=width)
+            torch.testing.assert_close(compiled(**kwargs).sample, model(**kwargs).sample)
+    assert counter.frame_count == 2
+
+
+def exportable(variant: str):
+    """A model of `EXPORTED` with weights of a trained model's size, and how to export it for any batch size."""
+    model = randomize(preconditioned("v_prediction", variant, num_layers=1, **EXPORTED[variant]), std=0.05).eval()
+    dynamic_shapes = {name: {0: torch.export.Dim.DYNAMIC} for name in inputs(model)}
+    return model, dynamic_shapes
+
+
+def test_exported_for_any_batch_size(variant):
+    model, dynamic_shapes = exportable(variant)
+    exported = torch.export.export(model, (), inputs(model, 3), dynamic_shapes=dynamic_shapes)
+    for batch_size in (1, 5):
+        given = inputs(model, batch_size)
+        torch.testing.assert_close(exported.module()(**given).sample, run(model, **given))
+
+
+def test_onnx_for_any_batch_size(variant, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, dynamic_shapes = exportable(variant)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(model, (), file, kwargs=inputs(model, 3), dynamic_shapes=dynamic_shapes, dynamo=True)
+    session = onnxruntime.InferenceSession(file)
+    for batch_size in (1, 5):
+        given = inputs(model, batch_size)
+        (output,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+        expected = run(model, **given)
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_compiled_repeated_blocks(variant, dynamo):
