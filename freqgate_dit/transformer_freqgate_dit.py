@@ -160,15 +160,21 @@ class DataSpectrum(nn.Module):
         above = (below + 1).clamp(max=len(self.log_snr) - 1)
         return torch.lerp(self.log_snr[below], self.log_snr[above], timestep - below)
 
-    def forward(self, timestep: torch.Tensor, height: int, width: int):
-        """Of samples of any size, at `timestep (B,)`.
+    def forward(self, timestep: torch.Tensor, height: int | None = None, width: int | None = None):
+        """Of samples of any size, at `timestep (B,)`; without a size, what decides on their view.
+
+        A forward pass of the model reads the buffers here alone, and gets no buffer itself: of an offloaded model they
+        are there only while this runs, and are emptied afterwards.
 
         Returns:
             log-SNR `(B, 1, 1, 1)`; mean and power `(C, height, width)`. At another size than the data's, the power
-            is that of the same cycles per pixel, the mean that of the resized mean image.
+            is that of the same cycles per pixel, the mean that of the resized mean image. Without a size: log-SNR
+            `(B,)` and the switches `(num_views - 1,)`.
         """
         log_snr = self.log_snr_at(timestep)
-        mean, power = self.mean, self.power
+        if height is None:
+            return log_snr, self.switches.detach()
+        mean, power = self.mean.detach(), self.power.detach()
         if (height, width) != tuple(power.shape[-2:]):
             rows = torch.arange(height, device=power.device) * power.shape[-2] // height
             columns = torch.arange(width, device=power.device) * power.shape[-1] // width
@@ -260,13 +266,26 @@ def _without_autocast(device_type: str):
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
+def precise_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """`torch.sigmoid` in operations that every runtime computes to the last digit. onnxruntime's own is wrong by 1e-7,
+    where gains may be smaller, and are divided by."""
+    return 1 / (1 + torch.exp(-x))
+
+
 # Rings of radial frequency in which a learned gate may leave the Wiener gate.
 NUM_RINGS = 8
 
 
 def radial_ring(height: int, width: int, device=None) -> torch.Tensor:
-    """Ring of every DCT coefficient `(H, W)`, int64 from 0 to `NUM_RINGS - 1`; the last one also has the corner."""
-    return (NUM_RINGS * radial_index(height, width, device)).long().clamp(max=NUM_RINGS - 1)
+    """Ring of every DCT coefficient `(H, W)`, int64 from 0 to `NUM_RINGS - 1`; the last one also has the corner.
+
+    `NUM_RINGS * radial_index`, rounded down; in whole numbers, as many coefficients lie exactly between two rings.
+    """
+    rows = torch.arange(height, device=device) * width
+    columns = torch.arange(width, device=device) * height
+    borders = torch.arange(1, NUM_RINGS, device=device) * height * width
+    squares = NUM_RINGS**2 * (rows.square()[:, None] + columns.square())
+    return (squares[..., None] >= borders.square()).sum(dim=-1)
 
 
 class SpectralPreconditioner(nn.Module):
@@ -1754,7 +1773,7 @@ class BandGateDiTTransformer2DModel(ConditionedDiTTransformer2DModel):
     def block_inputs(self, hidden_states, known, view=0):
         clocks = 0, 0
         if self.clock_embed is not None:
-            visible = self.band_clocks(known).to(hidden_states.dtype).expand(len(hidden_states), -1)
+            visible = self.band_clocks(known).to(hidden_states.dtype).expand(hidden_states.shape[0], -1)
             clocks = self.clock_embed(visible).chunk(2, dim=-1)  # 2 of (B, D)
         if self.config.band_branches == "none":
             return clocks, None

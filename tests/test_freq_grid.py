@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from components import SPECTRUM, assert_same_tensors, euler, make_pipeline, randomize, sample, tiny_transformer
 from diffusers import DiffusionPipeline
 from test_preconditioning import ALPHAS_CUMPROD, wiener_denoiser
@@ -240,6 +241,24 @@ def test_exported_on_one_view_for_any_batch_size():
     for batch_size in (1, 5):
         given = inputs(model, batch_size)
         assert_close(exported(**given), run(model, **given, samples_per_view=all_on(1, batch_size)))
+
+
+def offload_to_files(model, folder):
+    model.enable_group_offload("cpu", offload_type="leaf_level", offload_to_disk_path=folder)
+
+
+def offload_all(model, folder):
+    cpu_offload(model, execution_device="cpu", offload_buffers=True)
+
+
+@pytest.mark.parametrize("offload", [offload_to_files, offload_all])
+def test_offloaded(offload, tmp_path):
+    model = with_views("band_gate")
+    given = mixed(model)
+    expected = run(model, **given)
+    offload(model, tmp_path)
+    for _ in range(2):
+        assert_close(run(model, **given), expected, **CLOSE)
 
 
 # -- switches, other sizes --------------------------------------------------------------------------------------------

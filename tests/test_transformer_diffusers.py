@@ -311,6 +311,16 @@ def test_autocast(model, processor):
     torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload(offload_type, tmp_path):
+    """To files, which empties the tensors in memory also where there is no other device."""
+    model = tiny_transformer("band_gate", preconditioning="learned", prediction_type="epsilon")
+    expected = run(model)
+    model.enable_group_offload("cpu", offload_type=offload_type, num_blocks_per_group=1, offload_to_disk_path=tmp_path)
+    for _ in range(2):
+        torch.testing.assert_close(run(model), expected)
+
+
 def test_attention_backend(variant):
     model = tiny_transformer(variant)
     expected = run(model)
