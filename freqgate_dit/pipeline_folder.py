@@ -27,6 +27,8 @@ LIBRARIES = ("diffusers", "transformers")
 # What a folder of weights is loaded with, besides the weights. Code is not among it.
 SMALL_FILES = (".json", ".txt", ".model")
 WEIGHTS = (".safetensors", ".bin")
+# What diffusers itself writes into the config of a model. (`auto_map` names code, for its `AutoModel` alone.)
+DIFFUSERS_OPTIONS = ("quantization_config", "auto_map")
 # As the headers of safetensors call them.
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -348,9 +350,9 @@ def _is_newer(index: dict) -> bool:
 
 
 def _refuse_unknown_options(index: dict, place: str | os.PathLike, cls: type, config: dict):
-    known = inspect.signature(cls.__init__).parameters
+    known = (*inspect.signature(cls.__init__).parameters, *DIFFUSERS_OPTIONS)
     for name in config:
-        if not name.startswith("_") and name not in (*known, "quantization_config"):
+        if not name.startswith("_") and name not in known:
             _refuse_newer(index, place, f"the option `{name}` of {cls.__name__}")
 
 

@@ -12,11 +12,15 @@ Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2) for in-context,
 conditioning; the Freq-Gate-adaLN block is described in `FreqGateDiTBlock`.
 """
 
+import inspect
 import math
+import os
+import shutil
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -1250,6 +1254,18 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
         return super()._load_pretrained_model(
             model, state_dict, resolved_model_file, name, loaded_keys, *args, **kwargs
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in diffusers, with this file beside the weights if the config is to name it (`auto_map`).
+
+        It does so after `register_for_auto_class()` of the class; then `AutoModel.from_pretrained(save_directory,
+        trust_remote_code=True)` loads the model also where the package is not installed.
+        """
+        if self._auto_class or "auto_map" in self.config:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            source = Path(inspect.getfile(type(self)))
+            shutil.copyfile(source, Path(save_directory) / source.name)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def set_spectrum(

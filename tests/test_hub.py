@@ -192,6 +192,35 @@ def test_the_model_alone(hub):
     assert_same_tensors(vae.state_dict(), pipe.vae.state_dict())
 
 
+def test_the_model_alone_with_its_code(hub, tmp_path, monkeypatch):
+    """As of any custom model of diffusers; classes of the package never run it."""
+    model = tiny_transformer("band_gate")
+    monkeypatch.setattr(type(model), "_auto_class", None)  # puts it back afterwards
+    type(model).register_for_auto_class()
+    model.save_pretrained(tmp_path / "model")
+    model.push_to_hub("ana/model")
+    make_pipeline(model).save_pretrained(tmp_path / "pipeline")
+    for loaded in (
+        type(model).from_pretrained(tmp_path / "model"),
+        type(model).from_pretrained("ana/model"),
+        load(tmp_path / "pipeline").transformer,
+    ):
+        assert type(loaded) is type(model)
+        assert_same_tensors(loaded.state_dict(), model.state_dict())
+    assert not [name for name in sys.modules if name.startswith("diffusers_modules")]
+    type(model)._auto_class = None
+    for source in (tmp_path / "model", "ana/model"):
+        loaded = AutoModel.from_pretrained(str(source), trust_remote_code=True)
+        assert type(loaded).__module__.startswith("diffusers_modules")
+        assert_same_tensors(loaded.state_dict(), model.state_dict())
+        loaded.save_pretrained(tmp_path / "again")
+        again, once = contents(tmp_path / "again"), contents(tmp_path / "model")
+        assert again["transformer_freqgate_dit.py"] == CODE["transformer/transformer_freqgate_dit.py"].read_bytes()
+        assert again.keys() == once.keys()
+    tiny_transformer("band_gate").save_pretrained(tmp_path / "plain")
+    assert {*contents(tmp_path / "plain")} == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
 # -- ways of loading --------------------------------------------------------------------------------------------------
 
 
