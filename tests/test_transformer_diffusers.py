@@ -354,10 +354,10 @@ def test_lora(variant, tmp_path):
     model = tiny_transformer(variant)
     expected = run(model)
     model.requires_grad_(False)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out"]))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     attentions = sum(isinstance(m, DiTAttention) for m in model.modules())
-    assert len(trainable) == 4 * attentions and all("lora_" in name for name in trainable)
+    assert len(trainable) == 8 * attentions and all("lora_" in name for name in trainable)
     assert torch.equal(run(model), expected)
     model(**inputs(model)).sample.square().mean().backward()
     assert all((model.get_parameter(name).grad is not None) for name in trainable)
