@@ -279,7 +279,7 @@ def sample(options: argparse.Namespace):
     from freqgate_dit.devices import choose_device, choose_dtype
     from freqgate_dit.files import replace_file
     from freqgate_dit.hub import fetch_pipeline
-    from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, FreqGateDiTPipeline
+    from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
     from freqgate_dit.samplers import make_sampler
 
     sampling.check_image_file(options.out)
@@ -291,9 +291,7 @@ def sample(options: argparse.Namespace):
     sampling.check_makes_images(pipe)
     if options.sampler:
         pipe.scheduler = make_sampler(options.sampler, pipe.scheduler.config)
-    scale = options.guidance_scale
-    if scale is None:
-        scale = SOURCE_GUIDANCE_SCALE if pipe.has_null_condition else 1.0
+    scale = pipe.default_guidance_scale if options.guidance_scale is None else options.guidance_scale
 
     argument, values = sampling.choose_conditions(pipe, options.label, options.prompt)
     how_many = {"count": options.count, "seed": options.seed}

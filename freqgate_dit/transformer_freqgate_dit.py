@@ -12,6 +12,7 @@ Sources: DiT (Peebles & Xie 2023, arXiv 2212.09748, section 3.2) for in-context,
 conditioning; the Freq-Gate-adaLN block is described in `FreqGateDiTBlock`.
 """
 
+import functools
 import inspect
 import math
 import os
@@ -1255,12 +1256,9 @@ class ConditionedDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, 
             model, state_dict, resolved_model_file, name, loaded_keys, *args, **kwargs
         )
 
+    @functools.wraps(ModelMixin.save_pretrained)  # by whose arguments pipelines know which they may pass
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As in diffusers, with this file beside the weights if the config is to name it (`auto_map`).
-
-        It does so after `register_for_auto_class()` of the class; then `AutoModel.from_pretrained(save_directory,
-        trust_remote_code=True)` loads the model also where the package is not installed.
-        """
+        # After `register_for_auto_class()` the config names this file (`auto_map`), which then has to lie beside it.
         if self._auto_class or "auto_map" in self.config:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             source = Path(inspect.getfile(type(self)))

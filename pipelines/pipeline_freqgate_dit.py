@@ -217,8 +217,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         # `OtherScheduler.from_config` drops what is marked as a default and takes its own (Heun: other betas; DDIM and
-        # DDPM: x0 clipped to [-1, 1]). Swapping must keep this noise schedule, so every value counts as given.
-        scheduler.register_to_config(_use_default_values=[], clip_sample=scheduler.config.get("clip_sample", False))
+        # DDPM: x0 clipped to [-1, 1]). Swapping must keep this noise schedule, so every value counts as given; but
+        # `None` is none.
+        unset = [name for name, value in scheduler.config.items() if value is None]
+        clips = scheduler.config.get("clip_sample", False)
+        scheduler.register_to_config(_use_default_values=unset, clip_sample=clips)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -448,6 +451,12 @@ class FreqGateDiTPipeline(DiffusionPipeline):
     def has_null_condition(self) -> bool:
         """Whether guidance is possible: the model is conditional and has seen the null condition in training."""
         return self.is_conditional and self.config.class_dropout_prob != 0
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """2.5 where the model is known to have a null condition; otherwise guidance could mean nothing."""
+        is_known = self.has_null_condition and self.config.class_dropout_prob is not None
+        return SOURCE_GUIDANCE_SCALE if is_known else 1.0
 
     # -- what a call is doing ---------------------------------------------------------------------------------------
 
@@ -714,6 +723,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             )
             what = "`guider`" if guider is not None else f"`guidance_scale` ({guidance_scale})"
             raise ValueError(f"{what} needs a null condition, but this model {why}: use `guidance_scale=1`.")
+        if guided and self.config.class_dropout_prob is None:
+            logger.warning(
+                "`class_dropout_prob` of this pipeline is not known (None), so guidance may mean nothing: give it, or "
+                "copy pipelines by `FreqGateDiTPipeline.from_pipe(pipe)`, which keeps it."
+            )
         guidance_interval = _plain(guidance_interval)
         is_pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
         numeric = is_pair and all(map(_is_finite, guidance_interval))
@@ -729,30 +743,38 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 "`scheduler.step` was replaced in the object, of which every call makes a copy: write a subclass, or "
                 "look at the steps in `callback_on_step_end`."
             )
+        kind, alphas_cumprod = type(self.scheduler).__name__, getattr(self.scheduler, "alphas_cumprod", None)
         prediction_type = self.scheduler.config.get("prediction_type")
-        if prediction_type is None or self.scheduler.config.get("use_flow_sigmas"):
+        has_other_noise = self._alphas_cumprod is not None and alphas_cumprod is None
+        if prediction_type is None or self.scheduler.config.get("use_flow_sigmas") or has_other_noise:
             raise ValueError(
-                f"the scheduler ({type(self.scheduler).__name__}) is for flow matching or the like, but the "
-                "transformer was trained on variance-preserving noise: use `EulerDiscreteScheduler` or one of its "
-                "family (`DPMSolverMultistepScheduler`, `HeunDiscreteScheduler`, `UniPCMultistepScheduler`, "
+                f"the scheduler ({kind}) is for flow matching, EDM's noise or the like, but the transformer was "
+                "trained on variance-preserving noise: use `EulerDiscreteScheduler` or one of its family ("
+                "`DPMSolverMultistepScheduler`, `HeunDiscreteScheduler`, `UniPCMultistepScheduler`, "
                 "`DDIMScheduler`)."
             )
         if prediction_type != self.config.prediction_type:
             raise ValueError(
                 f"the scheduler's `prediction_type` is {prediction_type!r}, but the transformer predicts "
-                f"{self.config.prediction_type!r}: build it with `{type(self.scheduler).__name__}.from_config("
+                f"{self.config.prediction_type!r}: build it with `{kind}.from_config("
                 f"pipe.scheduler.config, prediction_type={self.config.prediction_type!r})`."
             )
-        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
+        # `step` takes prediction, timestep and sample.
+        parameters = list(inspect.signature(self.scheduler.step).parameters.values())[3:]
+        needs_more = any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        if needs_more or "Inverse" in kind:
+            raise ValueError(
+                f"the scheduler ({kind}) does not make images of noise alone: use `EulerDiscreteScheduler` or one of "
+                "its family."
+            )
         if self._alphas_cumprod is not None and not (
-            alphas_cumprod is not None
-            and alphas_cumprod.shape == self._alphas_cumprod.shape
+            alphas_cumprod.shape == self._alphas_cumprod.shape
             and torch.allclose(alphas_cumprod.cpu(), self._alphas_cumprod.cpu())
         ):
             raise ValueError(
-                f"the scheduler ({type(self.scheduler).__name__}) has other betas than the one this pipeline was made "
+                f"the scheduler ({kind}) has other betas than the one this pipeline was made "
                 "with, so the transformer would see noise levels under wrong timesteps: build it with "
-                f"`{type(self.scheduler).__name__}.from_config(...)` from the config of the pipeline's own scheduler."
+                f"`{kind}.from_config(...)` from the config of the pipeline's own scheduler."
             )
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
@@ -955,7 +977,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             timesteps, sigmas (list, *optional*): timesteps, or noise levels and last of all where they end (0), in
                 place of `num_inference_steps`, for schedulers whose `set_timesteps` takes them. They fall.
             guidance_scale (`float`, *optional*): s in `uncond + s * (cond - uncond)`. 1 is the conditional model, in
-                one pass per step. Defaults to 2.5 where the model has a null condition, otherwise to 1.
+                one pass per step. Defaults to 2.5 where the model is known to have learnt a null condition
+                (`class_dropout_prob` above 0), otherwise to 1.
             guidance_interval (`tuple`, defaults to `(0, 1)`): fractions of the steps between which guidance acts.
             guider (`diffusers.guiders.BaseGuidance`, *optional*): instead of `guidance_scale`. The call works on a
                 copy of it.
@@ -969,9 +992,9 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`): an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called after each step as `callback(pipe, step, timestep, tensors)`; may return a
                 dict with new `latents`. `pipe` is the pipeline as this call sees it: its `scheduler` and its state are
-                the call's own (no call touches those of the pipeline itself), and with `pipe._interrupt = True` the call stops, with `pipe._guidance_scale = s` it
-                goes on with another scale (0 or 1: without guidance). diffusers' `PipelineCallback`s name their own
-                tensors.
+                the call's own, and no call touches those of the pipeline itself. With `pipe._interrupt = True` the
+                call stops, with `pipe._guidance_scale = s` it goes on with another scale (0 or 1: without guidance).
+                diffusers' `PipelineCallback`s name their own tensors.
             callback_on_step_end_tensor_inputs: of "latents", "noise_pred", "pred_original_sample" (`None` with
                 schedulers that do not compute it) and "prompt_embeds" (class ids or text embeddings, to read only).
 
@@ -1007,7 +1030,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         height = sample_size if height is None else height
         width = sample_size if width is None else width
         if guidance_scale is None:
-            guidance_scale = SOURCE_GUIDANCE_SCALE if self.has_null_condition else 1.0
+            guidance_scale = self.default_guidance_scale
         guidance_scale = _plain(guidance_scale)
         device = self._execution_device
 
@@ -1090,13 +1113,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """What the callback returns. Its guidance scale is checked as that of a call is."""
         before = self._guidance_scale
         returned = callback(self, step, timestep, tensors) or {}
-        if self._guidance_scale == 0 != before:  # diffusers' `SDCFGCutoffCallback` and its like
-            self._guidance_scale = 1.0
-        if self._guidance_scale != before:
+        scale = self._guidance_scale
+        if scale != before:
             if before is None:
-                raise ValueError(
-                    f"a callback set `_guidance_scale` ({self._guidance_scale}), but the call has a guider."
-                )
+                raise ValueError(f"a callback set `_guidance_scale` ({scale}), but the call has a guider.")
+            self._guidance_scale = scale or 1.0  # 0 is how diffusers' callbacks switch guidance off
             self._check_guidance(self._guidance_scale, (0, 1), None)
         return returned
 

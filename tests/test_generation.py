@@ -25,7 +25,6 @@ from freqgate_dit.training.generation import (
     choose_classes,
     choose_scheduler,
     class_sequence,
-    default_guidance,
     generate,
     load_model,
     to_uint8,
@@ -187,7 +186,7 @@ def test_latents_are_decoded_and_prompts_taken(kind, tmp_path):
 def test_an_unconditional_pipeline_and_its_guidance(tmp_path):
     make_pipeline(tiny_transformer(num_classes=None, in_channels=3)).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), None, "float32", CPU)
-    assert default_guidance(model.pipe) == 1 and default_guidance(make_pipeline()) == 2.5
+    assert model.pipe.default_guidance_scale == 1 and make_pipeline().default_guidance_scale == 2.5
     images, _ = Sampler(model, UNCONDITIONAL, [0] * 3, 5, 2, 1.0).images(range(3))
     expected = model.pipe(num_images_per_label=3, seed=5, num_inference_steps=2, output_type="np").images
     assert np.abs(images.permute(0, 2, 3, 1).numpy() - expected * 255).max() <= 1

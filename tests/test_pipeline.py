@@ -251,6 +251,23 @@ def test_flow_matching_schedulers_are_refused(pipe):
             sample(make_pipeline(scheduler=flow), "cat")
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("EDMEulerScheduler", "EDM's noise"),
+        ("EDMDPMSolverMultistepScheduler", "EDM's noise"),
+        ("CMStochasticIterativeScheduler", "EDM's noise"),
+        ("DDIMInverseScheduler", "noise alone"),
+        ("DPMSolverMultistepInverseScheduler", "noise alone"),
+        ("RePaintScheduler", "noise alone"),
+    ],
+)
+def test_schedulers_for_something_else_are_refused_by_name(pipe, name, why):
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=rf"\({name}\).*{why}"):
+        sample(pipe, "cat")
+
+
 def test_model_sees_the_float_timesteps_of_the_scheduler(pipe):
     pipe.scheduler = euler("linspace")
     pipe.to(torch.bfloat16)
@@ -313,6 +330,18 @@ def test_default_scale(pipe):
     assert torch.equal(sample(pipe, "cat"), sample(pipe, "cat", guidance_scale=SOURCE_GUIDANCE_SCALE))
     pipe = make_pipeline(class_dropout_prob=0.0)
     assert torch.equal(sample(pipe, "cat"), sample(pipe, "cat", guidance_scale=1))
+
+
+def test_what_may_have_no_null_condition_is_guided_only_if_asked(caplog):
+    """The probability of dropout is no component, so that a copy by components does not know it."""
+    original = make_pipeline(class_dropout_prob=0)
+    copied = FreqGateDiTPipeline(**original.components)
+    copied.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(copied, 0), sample(original, 0)) and not caplog.messages
+    sample(copied, 0, guidance_scale=2.0)
+    assert any("`class_dropout_prob`" in message for message in caplog.messages)
+    with pytest.raises(ValueError, match="null condition"):
+        sample(FreqGateDiTPipeline.from_pipe(original), 0, guidance_scale=2.0)
 
 
 def test_guidance_interval(pipe):

@@ -16,7 +16,6 @@ from freqgate_dit.training.generation import (
     Sampler,
     choose_classes,
     class_sequence,
-    default_guidance,
     generate,
     load_model,
 )
@@ -120,7 +119,7 @@ class Comparison:
         names = self.reference.images.class_names
         classes = choose_classes(pipe, given.class_mix, names, self.reference.class_counts, template)
         sequence = class_sequence(classes.weights, given.num_images)
-        scales = given.sweep or [default_guidance(pipe) if given.guidance_scale is None else given.guidance_scale]
+        scales = given.sweep or [pipe.default_guidance_scale if given.guidance_scale is None else given.guidance_scale]
         return {scale: Sampler(self.model, classes, sequence, given.seed, given.steps, scale) for scale in scales}
 
     def _sample_folder(self, scale: float) -> SampleFolder:

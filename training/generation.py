@@ -25,7 +25,7 @@ from freqgate_dit import FreqGateDiTPipeline
 from freqgate_dit.devices import choose_dtype
 from freqgate_dit.hub import download
 from freqgate_dit.image_folder import as_text
-from freqgate_dit.pipelines.pipeline_freqgate_dit import SOURCE_GUIDANCE_SCALE, WHY_BROKEN, broken_images
+from freqgate_dit.pipelines.pipeline_freqgate_dit import WHY_BROKEN, broken_images
 from freqgate_dit.samplers import SAMPLERS, configure, describe_sampler, make_sampler
 from freqgate_dit.summary import PipelineSummary, read_summary
 from freqgate_dit.training.sample_folder import SampleFolder
@@ -147,11 +147,6 @@ def scheduler_arguments(scheduler: SchedulerMixin) -> dict:
         config["spectrum"] = hashlib.sha256(json.dumps(config["spectrum"], sort_keys=True).encode()).hexdigest()
     # Numbers of NumPy and tensors among them.
     return json.loads(json.dumps(config, default=lambda value: value.tolist()))
-
-
-def default_guidance(pipe: FreqGateDiTPipeline) -> float:
-    """What a call of the pipeline takes by default."""
-    return SOURCE_GUIDANCE_SCALE if pipe.has_null_condition else 1.0
 
 
 # -- which classes ----------------------------------------------------------------------------------------------------
