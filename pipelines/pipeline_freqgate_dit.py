@@ -219,13 +219,14 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         # `OtherScheduler.from_config` drops what is marked as a default and takes its own (Heun: other betas; DDIM and
         # DDPM: x0 clipped to [-1, 1]). Swapping must keep this noise schedule, so every value counts as given; but
         # `None` is none.
-        unset = [name for name, value in scheduler.config.items() if value is None]
-        clips = scheduler.config.get("clip_sample", False)
-        scheduler.register_to_config(_use_default_values=unset, clip_sample=clips)
+        schedule = {} if scheduler is None else scheduler.config
+        if scheduler is not None:
+            unset = [name for name, value in schedule.items() if value is None]
+            scheduler.register_to_config(_use_default_values=unset, clip_sample=schedule.get("clip_sample", False))
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        # Without a transformer (`from_pretrained(folder, transformer=None)`) it encodes prompts and decodes latents.
+        # Without transformer or scheduler (`from_pretrained(folder, transformer=None)`) it encodes and decodes.
         known = {} if transformer is None else transformer.config
         num_classes = self.num_classes
         if id2label and num_classes is not None and not all(0 <= int(key) < num_classes for key in id2label):
@@ -233,7 +234,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 f"`id2label` names the ids {sorted(map(int, id2label))}, but the transformer has {num_classes} "
                 f"classes: name ids from 0 to {num_classes - 1} only."
             )
-        output, expected = known.get("prediction_type"), scheduler.config.get("prediction_type")
+        output, expected = known.get("prediction_type"), schedule.get("prediction_type")
         if output is not None and expected is not None and output != expected:
             raise ValueError(
                 f"`scheduler` expects prediction_type {expected!r}, but the transformer was built to output "
@@ -242,7 +243,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         self.register_to_config(
             # JSON turns integer keys into strings, and diffusers sorts those ("10" before "2").
             id2label=dict(sorted((int(key), label) for key, label in (id2label or {}).items())),
-            prediction_type=prediction_type or scheduler.config.get("prediction_type"),
+            prediction_type=prediction_type or schedule.get("prediction_type"),
             class_dropout_prob=class_dropout_prob,
         )
         self._alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
@@ -330,8 +331,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: if there is no transformer, or it has a LoRA adapter, with which its weights would not load.
         """
-        if self.transformer is None:
-            raise ValueError("`transformer` is None: a pipeline that is saved without one does not load.")
+        self._refuse_parts("a pipeline that is saved without one does not load")
         if any(".base_layer." in name for name in self.transformer.state_dict()):
             raise ValueError(
                 "the transformer has LoRA adapters, or had, with whose names its weights would not load: make them "
@@ -404,6 +404,11 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 module._parameters[name].data = data
             module._buffers.update(buffers)
         return new
+
+    def _refuse_parts(self, why: str):
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` is None: {why}.")
 
     def _ship_code(self, folder: Path):
         """Copy the files of custom classes into the folder, and name them in its index as diffusers looks for them.
@@ -575,8 +580,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
         """Raise `ValueError`, naming argument, value and remedy, for a call that cannot be served."""
-        if self.transformer is None:
-            raise ValueError("`transformer` is None: this pipeline can encode prompts and decode latents, not sample.")
+        self._refuse_parts("this pipeline can encode prompts and decode latents, but not sample")
         self._check_condition(
             class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
         )
@@ -779,6 +783,10 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
         """Pooled text embeddings `(len(prompt), P)` of one prompt or several."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                f"`prompt` ({prompt!r}) needs a text encoder and its tokenizer: load the pipeline with them."
+            )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return encode_pooled_text(self.tokenizer, self.text_encoder, prompts, self._execution_device)
 

@@ -94,7 +94,7 @@ def test_prompts_of_an_offloaded_text_encoder(text_pipe):
 
 def test_a_pipeline_without_transformer_encodes(text_pipe, tmp_path):
     text_pipe.save_pretrained(tmp_path)
-    encoder = FreqGateDiTPipeline.from_pretrained(tmp_path, transformer=None)
+    encoder = FreqGateDiTPipeline.from_pretrained(tmp_path, transformer=None, scheduler=None)
     embeds, null = (encoder.encode_prompt(prompt) for prompt in ("cat", ""))
     assert torch.equal(embeds, text_pipe.encode_prompt("cat"))
     with pytest.raises(ValueError, match="`transformer` is None"):
@@ -102,6 +102,8 @@ def test_a_pipeline_without_transformer_encodes(text_pipe, tmp_path):
     with pytest.raises(ValueError, match="`transformer` is None"):
         encoder.save_pretrained(tmp_path)
     assert encoder.num_classes is None and not encoder.has_null_condition
+    with pytest.raises(ValueError, match="`prompt` .'cat'. needs a text encoder"):
+        FreqGateDiTPipeline.from_pretrained(tmp_path, tokenizer=None).encode_prompt("cat")
     denoiser = FreqGateDiTPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
     result = sample(denoiser, pooled_prompt_embeds=embeds, negative_pooled_prompt_embeds=null)
     assert torch.equal(result, sample(text_pipe, prompt="cat"))
