@@ -41,7 +41,10 @@ def seed():
 @pytest.fixture(autouse=True)
 def fresh_process_state():
     threads = torch.get_num_threads()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has put pytest in the background
+    # Ignored where a shell has put pytest in the background, or under `nohup`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     reset_accelerate()
     yield
     reset_accelerate()
