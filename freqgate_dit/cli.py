@@ -276,7 +276,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def sample(options: argparse.Namespace):
     from freqgate_dit import sampling
-    from freqgate_dit.devices import choose_device, choose_dtype
+    from freqgate_dit.devices import choose_device, choose_dtype, is_out_of_memory
     from freqgate_dit.files import replace_file
     from freqgate_dit.hub import fetch_pipeline
     from freqgate_dit.pipelines.pipeline_freqgate_dit import FreqGateDiTPipeline
@@ -301,7 +301,7 @@ def sample(options: argparse.Namespace):
             pipe, argument, values, **how_many, num_inference_steps=options.steps, guidance_scale=scale
         )
     except RuntimeError as error:
-        if not sampling.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise ValueError(
             f"out of memory ({str(error).splitlines()[0]}): use a smaller `--dtype`, or another `--device`."

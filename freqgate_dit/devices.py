@@ -18,6 +18,11 @@ def bf16_is_fast(device: torch.device) -> bool:
     return False
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch has no memory left: of a GPU, or of the CPU, whose allocator has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def available_cores() -> int:
     """Cores that this process may run on: a batch system or a container often grants a part of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

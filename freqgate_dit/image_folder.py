@@ -19,6 +19,8 @@ from PIL import Image, ImageOps
 from freqgate_dit.devices import available_cores
 
 
+# At the root of a disk, where nobody else can list them.
+OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")
 MEND = "make it readable, or move it elsewhere."
 # All that Pillow raised on 24,000 files with random bytes changed or cut off.
 UNREADABLE = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
@@ -97,11 +99,12 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     for directory, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(directory)
         # Class folders are often links, and links can form circles.
-        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+        names = [name for name in subfolders if not name.startswith(".") and name not in OF_THE_SYSTEM]
+        subfolders[:] = [] if real in seen else sorted(names)
         if real not in seen:
             files = sorted(name for name in files if not name.startswith("."))
-            for name in files:  # a link to a file that is gone is reported with the images
-                if not is_image_name(name) and not os.path.exists(os.path.join(directory, name)):
+            for name in files:  # of what was a class; a link to an image that is gone is reported with the images
+                if not os.path.splitext(name)[1] and not os.path.exists(os.path.join(directory, name)):
                     raise ValueError(f"{os.path.join(directory, name)!r} is a link to nothing: {MEND}")
             yield directory, subfolders, files
         seen.add(real)

@@ -5,7 +5,6 @@ import os
 from io import BytesIO
 from pathlib import Path
 
-import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 
@@ -34,10 +33,6 @@ def check_image_file(path: Path):
         raise ValueError(
             f"`out` ({path}) has a suffix that Pillow cannot write ({path.suffix!r}): use .png or .jpg."
         ) from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def image_format(path: Path) -> str:

@@ -525,6 +525,19 @@ def test_deep_pixels_that_would_be_lost_are_refused(folder, pixels, told):
         load(folder)
 
 
+def test_black_is_black_in_any_depth(folder):
+    Image.fromarray(np.zeros((10, 12), dtype=np.uint16)).save(folder / "cat" / "deep.tiff")
+    train, heldout = load(folder)
+    assert "cat/deep.tiff" in [*train.names, *heldout.names]
+
+
+def test_what_a_disk_has_of_its_own_is_no_class(folder):
+    before = load(folder)[0]
+    shutil.copytree(folder / "cat", folder / "lost+found")
+    (folder / "latest.txt").symlink_to("nowhere")
+    assert load(folder)[0].fingerprint == before.fingerprint
+
+
 def png_of_16_bits(pixels):
     """In RGB, which Pillow does not write."""
 

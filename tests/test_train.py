@@ -593,9 +593,21 @@ def test_a_run_that_fails_before_its_first_checkpoint_can_be_started_again(tmp_p
     for message in (lost, refusal(options(max_steps=3)), refusal(options(max_steps=3, resume="latest"))):
         assert "`--resume auto`" in message
     main(options(max_steps=3, resume="auto"))
-    assert metrics(tmp_path / "run")[-1]["step"] == 3 and all(
-        "train/lr" in line for line in metrics(tmp_path / "run")[1:2]
-    )
+    reported = metrics(tmp_path / "run")
+    assert reported[-1]["step"] == 3 and "train/lr" in reported[1]
+
+
+def test_a_job_that_began_before_another_ended_does_not_start_anew_over_it(tmp_path, options, monkeypatch):
+    """The folder is free by then, and was not there when this one looked for a checkpoint."""
+
+    def encode(trainer, *words, encode=Trainer._encode):
+        monkeypatch.undo()
+        main(options(max_steps=2, resume="auto"))
+        return encode(trainer, *words)
+
+    monkeypatch.setattr(Trainer, "_encode", encode)
+    assert "checkpoints of another job" in refusal(options(max_steps=2, resume="auto"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_another_length_is_refused_below_the_checkpoint_and_told_above(tmp_path, options, capsys):
@@ -847,7 +859,7 @@ def test_a_checkpoint_does_not_go_on_in_the_folder_of_another_run(options, tmp_p
     for name in ("run", "other"):
         main(options(max_steps=1, output_dir=tmp_path / name))
     message = refusal(options(max_steps=2, resume=tmp_path / "other" / "checkpoints" / "step_00000001"))
-    assert "`output_dir`" in message and "holds another run than the one of `resume`" in message
+    assert "`output_dir`" in message and "`resume`" in message and f"copy it to {tmp_path / 'run'}" in message
 
 
 def test_damage_outside_the_state_does_not_stop_a_run_from_going_on(options, tmp_path, capsys):
@@ -862,7 +874,8 @@ def test_damage_outside_the_state_does_not_stop_a_run_from_going_on(options, tmp
     printed = capsys.readouterr().out
     for name, content in lines.items():
         assert f"{name} has 1 damaged lines" in printed and (run / name).read_bytes().startswith(content)
-        assert (run / f"{name}.damaged").read_bytes().endswith(content)
+        (damaged,) = run.glob(f"{name}.damaged_*")
+        assert damaged.read_bytes().endswith(content)
 
 
 @pytest.mark.parametrize("option", ["output_dir", "cache_dir"])

@@ -136,7 +136,10 @@ def why_incomplete(folder: Path) -> str | None:
 def why_damaged(folder: Path) -> str | None:
     """What is wrong with the content of a complete checkpoint, in words; `None` if all checksums agree."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    damaged = [name for name, entry in manifest.items() if sha256(folder / name) != entry.get("sha256")]
+    try:
+        damaged = [name for name, entry in manifest.items() if sha256(folder / name) != entry.get("sha256")]
+    except OSError as error:
+        return f"cannot be read ({error})"
     return f"has a damaged {', '.join(damaged)} (another checksum)" if damaged else None
 
 
@@ -187,14 +190,7 @@ def find_checkpoint(resume: str, folder: Path, tell: Callable[[str], None] = pri
 
 
 def load_checkpoint(folder: Path, device) -> Checkpoint:
-    """Read a checkpoint whole, its checksums verified.
-
-    Raises:
-        ValueError: if a file is damaged; names it.
-    """
-    problem = why_damaged(folder)
-    if problem:
-        raise ValueError(f"checkpoint {folder.name} {problem}: resume from another one.")
+    """Read a checkpoint that `find_checkpoint` has found to be whole."""
     device = torch.device(device)
     # safetensors knows no "cpu:0", which is the device of one CPU process among several.
     device = device.type if device.type == "cpu" else str(device)

@@ -47,6 +47,7 @@ from freqgate_dit.training.evaluation import check_arguments, make_parser
 from freqgate_dit.training.generation import weights_digest
 from freqgate_dit.training.matching import COUNTS, MATCHED, ModelSizes, nearest, size_cells
 from freqgate_dit.training.paired import read_run, summarise, write_report
+from freqgate_dit.training.resume import CONTENT
 from freqgate_dit.training.validation import NUM_BINS
 
 
@@ -277,7 +278,7 @@ def refuse_other_content(folders: dict[str, Path], wanted: dict[str, str | None]
                 if wanted.get(option) != fingerprint:
                     raise ValueError(
                         f"`--out`: {name} was trained with another content of `{option}` than {other}, which does not "
-                        f"compare: restore it, delete {folder}, or choose another folder."
+                        f"compare: {CONTENT[option]} Restore it, delete {folder}, or choose another folder."
                     )
 
 

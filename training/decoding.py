@@ -72,6 +72,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
                 f"pixels from {pixels.min()} to {pixels.max()}, whose black and white are unknown; convert to 8 or 16 "
                 "bits"
             )
+        is_deep = pixels.any()  # black is black
         image = Image.fromarray((pixels // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

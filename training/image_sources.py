@@ -249,11 +249,12 @@ def _labelled_items(keys: list[str], file: str, labels: dict[str, Any] | None) -
     names = [as_text(key) for key in keys]
     if labels is None:
         return (), [Item(name, -1, key) for name, key in zip(names, keys)]
-    missing = [name for name in names if labels.get(name) in (None, "")]
+    # NaN, which is not itself, is what pandas makes of nothing.
+    missing = [name for name in names if labels.get(name) in (None, "") or labels[name] != labels[name]]
     if missing:
         raise ValueError(
-            f"{file} has no label for {len(missing)} of {len(names)} images: {some(missing, 5)}. Add them to it, or "
-            "move them elsewhere."
+            f"{file} has no label for {len(missing)} of {len(names)} images: {some(missing, 5)}. Add them to it, move "
+            f"them elsewhere, or {file} itself, to train without."
         )
     class_names, numbers = _numbered([labels[name] for name in names], file, names)
     return class_names, [Item(*item) for item in zip(names, numbers, keys)]

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +236,7 @@ class JsonLines:
             lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
             steps = [_step_of(line) for line in lines]
             if None in steps:
-                damaged = path.with_name(f"{path.name}.damaged")
+                damaged = path.with_name(f"{path.name}.damaged_{datetime.now():%Y-%m-%dT%H-%M-%S}")
                 shutil.copyfile(path, damaged)
                 tell(f"{path.name} has {steps.count(None)} damaged lines, which are left out; as it was: {damaged}")
             kept = b"".join(line for line, at in zip(lines, steps) if at is not None and at <= step)

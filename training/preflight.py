@@ -109,8 +109,8 @@ def refuse_other_folder(output_dir: Path, resume: str | None):
         )
     if is_run and not is_inside:
         raise ValueError(
-            f"`output_dir` ({output_dir}) holds another run than the one of `resume` ({resume}), and would lose its "
-            "checkpoints: choose another folder."
+            f"`output_dir` ({output_dir}) holds a run, whose checkpoints would give way to what goes on from `resume` "
+            f"({resume}): choose another folder, or, if it is of this run, copy it to {checkpoints}."
         )
     goes_on = is_inside and (is_run or complete_checkpoints(checkpoints))
     found = [name for name in ("config.yaml", *WRITTEN) if (output_dir / name).exists()]
@@ -128,7 +128,7 @@ def refuse_writing_into_data(config: TrainingRun):
     Raises:
         ValueError: names the option, both folders and what to do.
     """
-    data = Path(config.data.dataset)
+    data = Path(config.data.dataset).expanduser()
     if config.data.dataset == BUILT_IN or not data.is_dir():
         return
     for name, place in (("output_dir", config.train.output_dir), ("cache_dir", config.latents.cache_dir)):

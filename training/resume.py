@@ -72,7 +72,8 @@ def refuse_other_run(
 
 CONTENT = {
     "dataset": "it holds other training or held-out images, names or classes. (An earlier version may have read it "
-    "otherwise: it held out copies of training images, sorted class 10 before 2, and knew fewer image formats.)",
+    "otherwise: it held out copies of training images, sorted class 10 before 2, and knew fewer image formats "
+    "and no metadata files with labels.)",
     "vae": "it is another autoencoder.",
     "text_encoder": "it makes other embeddings of the classes.",
 }

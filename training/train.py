@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 if (Path(__file__).resolve().parents[1] / "setup.py").is_file():
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+from freqgate_dit.devices import is_out_of_memory
 from freqgate_dit.files import replace_file
 from freqgate_dit.hub import prepare_repository
 from freqgate_dit.ladder import Ladder, switch_sigmas
@@ -309,14 +309,18 @@ class Trainer:
     def _encode(self, images: LabelledImages, heldout_images: LabelledImages):
         config, accelerator = self.config, self.accelerator
         train_cache = LatentCache(images, self.vae, config.data.horizontal_flip, config.latents.cache_dir)
-        heldout_cache = LatentCache(heldout_images or images, self.vae, False, config.latents.cache_dir)
+        heldout_cache = train_cache
+        if len(heldout_images):
+            heldout_cache = LatentCache(heldout_images, self.vae, False, config.latents.cache_dir)
         # The processes of a machine share the work; each machine may have a disk of its own.
         share = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        for cache in (train_cache, heldout_cache):
+        caches = dict.fromkeys((train_cache, heldout_cache))
+        for cache in caches:
             cache.encode(self.device, *share)
         accelerator.wait_for_everyone()
         resident = config.latents.data_on_device
-        data, heldout = (cache.load(self.device, resident) for cache in (train_cache, heldout_cache))
+        loaded = {cache: cache.load(self.device, resident) for cache in caches}
+        data, heldout = loaded[train_cache], loaded[heldout_cache]
         statistics = data_statistics(data)
         if self.vae is not None:
             warning = scale_warning(statistics.std)
@@ -351,7 +355,13 @@ class Trainer:
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             lock(self.output_dir)
-            refuse_other_folder(self.output_dir, self.config.train.resume)  # one that came first may have ended
+            # Another job may have begun, and ended, since this one looked for a checkpoint.
+            refuse_other_folder(self.output_dir, self.config.train.resume)
+            if self.checkpoint is None and checkpoint_folders(self.output_dir / "checkpoints"):
+                raise ValueError(
+                    f"`output_dir` ({self.output_dir}) got checkpoints of another job meanwhile: go on with them by "
+                    "`--resume auto`, or choose another folder."
+                )
             replace_file(self.output_dir / "config.yaml", self.config.save)
         self.accelerator.wait_for_everyone()
         validated_on = "held-out" if len(self.data_sets[1]) else "training"
@@ -676,7 +686,7 @@ def main(arguments: list[str] | None = None):
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise
         raise SystemExit(f"error: {out_of_memory(config, error)}") from error
     except KeyboardInterrupt:
