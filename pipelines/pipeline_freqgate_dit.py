@@ -331,7 +331,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: if there is no transformer, or it has a LoRA adapter, with which its weights would not load.
         """
-        self._refuse_parts("a pipeline that is saved without one does not load")
+        self._require_parts("a pipeline that is saved without one does not load")
         if any(".base_layer." in name for name in self.transformer.state_dict()):
             raise ValueError(
                 "the transformer has LoRA adapters, or had, with whose names its weights would not load: make them "
@@ -405,7 +405,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             module._buffers.update(buffers)
         return new
 
-    def _refuse_parts(self, why: str):
+    def _require_parts(self, why: str):
         for name in ("transformer", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` is None: {why}.")
@@ -449,6 +449,10 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         return self.transformer is not None and self.transformer.config.pooled_projection_dim is not None
 
     @property
+    def _can_encode_prompts(self) -> bool:
+        return self.text_encoder is not None and self.tokenizer is not None
+
+    @property
     def is_conditional(self) -> bool:
         return self.num_classes is not None or self.is_text_conditional
 
@@ -470,15 +474,15 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """The pipeline as one call, and its callback, see it: the same components, but a scheduler and a state of its
         own, so that calls in several threads, or of a callback, leave each other alone."""
         call, called = copy.copy(self), self._called or self
-        if called._calls and getattr(self.transformer, "is_cache_enabled", False):
-            raise ValueError(
-                "the transformer has a cache, which serves one call at a time: let the other call end, or switch the "
-                "cache off (`pipe.transformer.disable_cache()`)."
-            )
         # Not by assignment, for which diffusers would write the configuration anew.
         call.__dict__.update(scheduler=copy.deepcopy(self.scheduler), _called=called, _calls=[], _interrupted=False)
         called._calls.append(call)
         try:
+            if len(called._calls) > 1 and getattr(self.transformer, "is_cache_enabled", False):
+                raise ValueError(
+                    "the transformer has a cache, which serves one call at a time: let the other call end, or switch "
+                    "the cache off (`pipe.transformer.disable_cache()`)."
+                )
             yield call
         finally:
             called._calls.remove(call)
@@ -580,7 +584,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
         """Raise `ValueError`, naming argument, value and remedy, for a call that cannot be served."""
-        self._refuse_parts("this pipeline can encode prompts and decode latents, but not sample")
+        self._require_parts("this pipeline can encode prompts and decode latents, but not sample")
         self._check_condition(
             class_labels, prompt, pooled_prompt_embeds, negative_prompt, negative_pooled_prompt_embeds
         )
@@ -622,7 +626,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             )
 
     def _check_steps(self, timesteps, sigmas):
-        own = {"timesteps": _plain(timesteps), "sigmas": _plain(sigmas)}
+        own = {"timesteps": timesteps, "sigmas": sigmas}
         own = {name: values for name, values in own.items() if values is not None}
         if len(own) > 1:
             raise ValueError("`timesteps` and `sigmas` were both given: give only one of them.")
@@ -660,7 +664,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         given = [name for name, value in conditions.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} were both given: give only one of them.")
-        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+        if prompt is not None and not self._can_encode_prompts:
             labels = f" Use `class_labels`: {list(self.id2label.values())[:20]}." if self.id2label else ""
             raise ValueError(f"`prompt` ({prompt!r}) needs a text encoder, which this pipeline does not have.{labels}")
         if self.num_classes is not None and "class_labels" not in given:
@@ -687,7 +691,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             raise ValueError(f"`{negative[0]}` was given, but this model is not conditioned on text: leave it out.")
         if len(negative) > 1:
             raise ValueError("`negative_prompt` and `negative_pooled_prompt_embeds` were both given: give only one.")
-        if negative_prompt and (self.text_encoder is None or self.tokenizer is None):
+        if negative_prompt and not self._can_encode_prompts:
             raise ValueError(
                 f"`negative_prompt` ({negative_prompt!r}) needs a text encoder, which this pipeline does not have: "
                 "use `negative_pooled_prompt_embeds`."
@@ -697,13 +701,20 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` is empty: give at least one.")
 
     def _check_guidance(self, guidance_scale: float | None, guidance_interval: tuple[float, float], guider):
+        is_pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
+        numeric = is_pair and all(map(_is_finite, guidance_interval))
+        if not numeric or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` ({guidance_interval}) must be (start, stop) with 0 <= start <= stop <= 1, as "
+                "fractions of the steps."
+            )
         if guider is not None and not hasattr(guider, "prepare_inputs"):
             raise ValueError(f"`guider` ({guider!r}) is no guider of diffusers or `freqgate_dit.guidance`.")
         if guider is not None and guidance_scale is not None:
             raise ValueError(
                 f"`guider` and `guidance_scale` ({guidance_scale}) were both given: the guider has its own scale."
             )
-        if guider is not None and guidance_interval != (0.0, 1.0):
+        if guider is not None and tuple(guidance_interval) != (0, 1):
             raise ValueError(
                 f"`guider` and `guidance_interval` ({guidance_interval}) were both given: the guider has its own "
                 "`start` and `stop`."
@@ -715,7 +726,6 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 "`guider` was given, whose passes pyramid attention broadcast would take for one another: use "
                 "`guidance_scale`, or another cache."
             )
-        guidance_scale = _plain(guidance_scale)
         if guidance_scale is not None and not _is_finite(guidance_scale):
             raise ValueError(f"`guidance_scale` ({guidance_scale!r}) must be a finite number.")
         guided = _uses_null_condition(guider) if guider else guidance_scale is not None and guidance_scale != 1
@@ -731,14 +741,6 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             logger.warning(
                 "`class_dropout_prob` of this pipeline is not known (None), so guidance may mean nothing: give it, or "
                 "copy pipelines by `FreqGateDiTPipeline.from_pipe(pipe)`, which keeps it."
-            )
-        guidance_interval = _plain(guidance_interval)
-        is_pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
-        numeric = is_pair and all(map(_is_finite, guidance_interval))
-        if not numeric or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` ({guidance_interval}) must be (start, stop) with 0 <= start <= stop <= 1, as "
-                "fractions of the steps."
             )
 
     def _check_scheduler(self):
@@ -783,7 +785,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
         """Pooled text embeddings `(len(prompt), P)` of one prompt or several."""
-        if self.text_encoder is None or self.tokenizer is None:
+        if not self._can_encode_prompts:
             raise ValueError(
                 f"`prompt` ({prompt!r}) needs a text encoder and its tokenizer: load the pipeline with them."
             )
@@ -800,8 +802,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         if self.is_text_conditional:
             if pooled_prompt_embeds is None:
                 pooled_prompt_embeds = self.encode_prompt(prompt)
-            can_encode = self.text_encoder is not None and self.tokenizer is not None
-            if negative_pooled_prompt_embeds is None and can_encode:
+            if negative_pooled_prompt_embeds is None and self._can_encode_prompts:
                 negative_pooled_prompt_embeds = self.encode_prompt(negative_prompt or "")
             if negative_pooled_prompt_embeds is not None:
                 negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.to(device)
@@ -818,13 +819,14 @@ class FreqGateDiTPipeline(DiffusionPipeline):
 
     def prepare_timesteps(self, num_inference_steps: int, timesteps, sigmas, device):
         """Set the scheduler's timesteps: `num_inference_steps` of its own choice, or those that are given."""
-        name, given = {
-            timesteps is not None: ("timesteps", timesteps),
-            sigmas is not None: ("sigmas", sigmas),
-        }.get(True, ("num_inference_steps", num_inference_steps))
+        name, given = "num_inference_steps", num_inference_steps
+        if timesteps is not None:
+            name, given = "timesteps", timesteps
+        elif sigmas is not None:
+            name, given = "sigmas", sigmas
         kind = type(self.scheduler).__name__
         try:
-            self.scheduler.set_timesteps(**{name: _plain(given)}, device=device)
+            self.scheduler.set_timesteps(**{name: given}, device=device)
         except (IndexError, ValueError) as error:
             raise ValueError(f"`{name}` ({given}) is nothing that {kind} can take: {error}") from error
         levels = getattr(self.scheduler, "sigmas", None)
@@ -929,9 +931,9 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         cond, uncond = both.chunk(2)
         return uncond + self._guidance_scale * (cond - uncond)
 
-    def _guider_prediction(self, guider, latents, timestep, name, condition, null_condition, step, num_steps):
+    def _guider_prediction(self, guider, latents, timestep, name, condition, null_condition):
         """Prediction of a diffusers guider, which asks for its passes one by one."""
-        guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
+        guider.set_state(step=self._step, num_inference_steps=self._num_timesteps, timestep=timestep)
         batches = guider.prepare_inputs({} if name is None else {name: (condition, null_condition)})
         # Of the package's guiders some have another network answer.
         network_of_pass = getattr(guider, "network_of_pass", lambda transformer, device: transformer)
@@ -1010,6 +1012,8 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             ValueError: for input that cannot be served, naming the argument, its value and the remedy.
         """
         # 1. Check and default
+        guidance_scale, guidance_interval = _plain(guidance_scale), _plain(guidance_interval)
+        timesteps, sigmas = _plain(timesteps), _plain(sigmas)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
@@ -1039,7 +1043,6 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         width = sample_size if width is None else width
         if guidance_scale is None:
             guidance_scale = self.default_guidance_scale
-        guidance_scale = _plain(guidance_scale)
         device = self._execution_device
 
         with self._call_of_its_own() as call:
@@ -1066,7 +1069,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
             latents = call._denoise_all(
                 latents,
                 (name, condition, null_condition),
-                _plain(guidance_interval),
+                guidance_interval,
                 copy.copy(guider),  # it counts steps and passes
                 generator,
                 callback_on_step_end,
@@ -1095,7 +1098,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
                 self._step, self._current_timestep = i, t
                 model_input = self.scheduler.scale_model_input(latents, t)
                 if guider is not None:
-                    noise_pred = self._guider_prediction(guider, model_input, t, *conditions, i, len(timesteps))
+                    noise_pred = self._guider_prediction(guider, model_input, t, *conditions)
                 elif self._guidance_scale != 1 and first_guided <= i < last_guided:
                     noise_pred = self._guided_prediction(model_input, t, *conditions)
                 else:
@@ -1121,7 +1124,7 @@ class FreqGateDiTPipeline(DiffusionPipeline):
         """What the callback returns. Its guidance scale is checked as that of a call is."""
         before = self._guidance_scale
         returned = callback(self, step, timestep, tensors) or {}
-        scale = self._guidance_scale
+        scale = _plain(self._guidance_scale)
         if scale != before:
             if before is None:
                 raise ValueError(f"a callback set `_guidance_scale` ({scale}), but the call has a guider.")

@@ -153,6 +153,14 @@ def test_diffusers_callback_cuts_guidance_off(pipe, labels):
     assert torch.equal(sample(pipe, labels, callback_on_step_end=cut, **inputs), expected)
 
 
+@pytest.mark.parametrize("interval", [[0, 1], (0, 1), np.array([0, 1])], ids=str)
+def test_a_guider_takes_the_whole_interval_in_every_form(pipe, interval):
+    expected = sample(pipe, "cat", guider=AdaptiveProjectedGuidance(3.0))
+    assert torch.equal(
+        sample(pipe, "cat", guider=AdaptiveProjectedGuidance(3.0), guidance_interval=interval), expected
+    )
+
+
 def test_a_callback_cannot_change_the_scale_of_a_guider(pipe):
     guider = AdaptiveProjectedGuidance(3.0)
     cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
